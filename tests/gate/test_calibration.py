@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import optimize
+
+from expertrag_jax.gate import calibration
+
+
+def _world(n=4000, scale=1.7, bias=-0.6, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=n) * 2
+    needed = rng.random(n) < 1 / (1 + np.exp(-(scale * logits + bias)))
+    return logits, needed.astype(np.float64)
+
+
+def test_platt_recovers_the_line_and_lowers_the_calibration_error():
+    logits, needed = _world()
+    scale, bias = calibration.fit_platt(logits, needed)
+    assert abs(scale - 1.7) < 0.15 and abs(bias + 0.6) < 0.12
+    raw, fitted = 1 / (1 + np.exp(-logits)), 1 / (1 + np.exp(-(scale * logits + bias)))
+    assert calibration.expected_calibration_error(fitted, needed) < 0.03
+    assert calibration.expected_calibration_error(raw, needed) > 0.06
+
+
+def test_platt_equals_a_general_optimiser_on_the_smoothed_targets():
+    logits, needed = _world(60, seed=1)
+    positives, negatives = needed.sum(), (1 - needed).sum()
+    target = np.where(needed > 0, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+
+    def loss(line):
+        z = line[0] * logits + line[1]
+        return np.sum(np.logaddexp(0, z) - target * z)
+
+    best = optimize.minimize(loss, [0.0, 0.0], method="BFGS", options={"gtol": 1e-9}).x
+    np.testing.assert_allclose(calibration.fit_platt(logits, needed), best, atol=1e-4)
+
+
+def test_platt_stays_finite_when_the_classes_are_separated():
+    logits = np.concatenate([np.linspace(-50, -1, 20), np.linspace(1, 50, 20)])
+    scale, bias = calibration.fit_platt(logits, (logits > 0).astype(float))
+    assert np.isfinite([scale, bias]).all() and scale > 0
+
+
+def test_platt_ignores_unknown_labels_and_keeps_the_order_with_one_class():
+    logits, needed = _world(200)
+    padded = np.concatenate([logits, [100.0, -100.0]]), np.concatenate([needed, [np.nan, np.nan]])
+    assert calibration.fit_platt(*padded) == calibration.fit_platt(logits, needed)
+    assert calibration.fit_platt(logits, np.ones(200)) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="known"):
+        calibration.fit_platt(logits, np.full(200, np.nan))
+
+
+def _brute_choices(p, without, with_):
+    """(threshold, rate, accuracy) of every threshold worth trying, by deciding again each time."""
+    choices = []
+    for threshold in [2.0, *sorted(set(p.tolist()), reverse=True)]:
+        retrieve = p >= threshold
+        choices.append((threshold, retrieve.mean(), np.where(retrieve, with_, without).mean()))
+    return choices
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lowest_rate_equals_brute_force_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    p = (rng.integers(0, 12, 80) / 11).astype(np.float32)
+    without = rng.random(80) < 1 - p
+    with_ = rng.random(80) < 0.9
+    for tolerance in (0.0, 0.02, 0.1):
+        choice = calibration.choose_threshold(p, without, with_, tolerance=tolerance)
+        allowed = [c for c in _brute_choices(p, without, with_) if c[2] >= with_.mean() - tolerance - 1e-9]
+        rate, accuracy = min((c[1], c[2]) for c in allowed)
+        assert choice.retrieval_rate == pytest.approx(rate) and choice.accuracy == pytest.approx(accuracy)
+        retrieve = p >= np.float32(choice.threshold)
+        assert retrieve.mean() == pytest.approx(rate)
+        assert np.where(retrieve, with_, without).mean() == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("price", [0.0, 0.2, 1.0])
+def test_utility_equals_brute_force(price):
+    rng = np.random.default_rng(7)
+    p = (rng.integers(0, 20, 100) / 19).astype(np.float32)
+    without, with_ = rng.random(100) < 1 - p, rng.random(100) < 0.85
+    choice = calibration.choose_threshold(p, without, with_, rule="utility", price=price)
+    utility = max(accuracy - price * rate for _, rate, accuracy in _brute_choices(p, without, with_))
+    assert choice.accuracy - price * choice.retrieval_rate == pytest.approx(utility)
+    assert (p >= np.float32(choice.threshold)).mean() == pytest.approx(choice.retrieval_rate)
+
+
+def test_thresholds_at_both_ends_and_between_neighbouring_floats():
+    p = np.array([1.0, 1.0, 0.5], np.float32)
+    never = calibration.choose_threshold(p, [1, 1, 1], [0, 0, 0])
+    assert never.retrieval_rate == 0 and not (p >= np.float32(never.threshold)).any()
+    always = calibration.choose_threshold(p, [0, 0, 0], [1, 1, 1], tolerance=0.0)
+    assert always.retrieval_rate == 1 and (p >= np.float32(always.threshold)).all()
+    near = np.array([np.nextafter(np.float32(0.5), np.float32(1)), 0.5], np.float32)
+    one = calibration.choose_threshold(near, [0, 1], [1, 1], tolerance=0.0)
+    assert (near >= np.float32(one.threshold)).tolist() == [True, False]
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="rule"):
+        calibration.choose_threshold([0.5], [1], [1], rule="best")
+    with pytest.raises(ValueError, match="shapes"):
+        calibration.choose_threshold([0.5, 0.6], [1], [1])
