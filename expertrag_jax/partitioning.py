@@ -1,12 +1,14 @@
 """The mesh, the logical axis rules, and the shardings that follow from them.
 
-Model code names its dimensions by what they mean (``batch``, ``embed``, ``mlp``, ...: T5X's names); two tables
-map these names to mesh axes. Parameters and activations differ in one name: ``embed`` of a parameter is split
-over ``fsdp`` (gathered where it is used), ``embed`` of an activation is not, because its batch already is.
+Model code names its dimensions by what they mean (``batch``, ``embed``, ``mlp``, ...: T5X's names); two
+tables map these names to mesh axes. Parameters and activations differ in one name: ``embed`` of a parameter
+is split over ``fsdp`` (gathered where it is used), ``embed`` of an activation is not, because its batch
+already is.
 
 Mesh axes, any of which may be 1:
 
-* ``data``: batch parallelism; parameters are replicated over it. Over several slices it is the one that crosses DCN.
+* ``data``: batch parallelism; parameters are replicated over it. Over several slices it is the one that
+  crosses DCN.
 * ``fsdp``: batch parallelism with parameters and optimizer state split.
 * ``expert``: batch parallelism outside the experts, and the experts' owners inside them.
 * ``tensor``: heads, feed-forward width and vocabulary split.
@@ -64,8 +66,8 @@ class MeshConfig:
 
     Attributes:
       data, fsdp, expert, tensor: see the module's docstring.
-      num_slices: slices joined by the data-centre network (DCN); they split ``data``, or ``fsdp`` where ``data``
-        does not divide. None: read off the devices, and ignored where neither divides.
+      num_slices: slices joined by the data-centre network (DCN); they split ``data``, or ``fsdp`` where
+        ``data`` does not divide. None: read off the devices, and ignored where neither divides.
     """
 
     data: int = -1
@@ -75,7 +77,7 @@ class MeshConfig:
     num_slices: int | None = None
 
     def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
-        """The four axis sizes on ``num_devices`` devices; UserError if they do not multiply to that number."""
+        """The four axis sizes on ``num_devices`` devices; UserError if their product differs."""
         sizes = [getattr(self, axis) for axis in MESH_AXES]
         written = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes))
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -84,8 +86,8 @@ class MeshConfig:
             sizes[sizes.index(-1)] = max(1, num_devices // math.prod(size for size in sizes if size != -1))
         if math.prod(sizes) != num_devices:
             raise UserError(
-                f"Mesh {written} does not cover {num_devices} devices: the four sizes multiply to the number of "
-                "devices; set one of them to -1 to take the rest."
+                f"Mesh {written} does not cover {num_devices} devices: the four sizes multiply to the "
+                "number of devices; set one of them to -1 to take the rest."
             )
         return tuple(sizes)
 
@@ -94,25 +96,29 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     """The mesh ``(data, fsdp, expert, tensor)`` over ``devices`` (default: all), hybrid over several slices.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or ``num_slices`` is not the devices' number or
-        divides neither ``data`` nor ``fsdp``.
+      UserError: the sizes do not multiply to the number of devices, or ``num_slices`` is not the devices'
+        number or divides neither ``data`` nor ``fsdp``.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.sizes(len(devices))
     axis_types = (AxisType.Auto,) * len(MESH_AXES)  # since JAX 0.8.1 the default is Explicit
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if config.num_slices not in (None, slices):
-        raise UserError(f"num_slices={config.num_slices} and the devices lie in {slices} slices: leave it out.")
+        raise UserError(
+            f"num_slices={config.num_slices} and the devices lie in {slices} slices: leave it out."
+        )
     shapes = slice_shapes(sizes, slices) if slices > 1 else None
     if shapes:
         return Mesh(mesh_utils.create_hybrid_device_mesh(*shapes, devices), MESH_AXES, axis_types=axis_types)
     if config.num_slices not in (None, 1):
-        raise UserError(f"{slices} slices divide neither data={sizes[0]} nor fsdp={sizes[1]}: make one a multiple.")
+        raise UserError(
+            f"{slices} slices divide neither data={sizes[0]} nor fsdp={sizes[1]}: make one a multiple."
+        )
     return jax.make_mesh(sizes, MESH_AXES, axis_types, devices=devices)
 
 
 def slice_shapes(sizes: Sequence[int], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Splits mesh sizes into (shape inside a slice, shape across slices): over ``data``, else ``fsdp``, else None."""
+    """Mesh sizes -> (shape inside a slice, shape across slices): over ``data``, else ``fsdp``, else None."""
     for axis in (MESH_AXES.index("data"), MESH_AXES.index("fsdp")):
         if sizes[axis] % slices == 0:
             across = tuple(slices if i == axis else 1 for i in range(len(sizes)))
@@ -132,23 +138,28 @@ def partition_spec(
 
     Args:
       logical_axes: one name per dimension; None is unsharded.
-      rules: (logical name, mesh axis, axes or None) pairs. A mesh axis shards one dimension of an array at most:
-        where two dimensions ask for it, the first one has it.
+      rules: (logical name, mesh axis, axes or None) pairs. A mesh axis shards one dimension of an array at
+        most: where two dimensions ask for it, the first one has it.
       axis_sizes: size of each mesh axis; axes of size 1 (or absent) are left out.
       shape: when given, every sharded dimension is checked.
       name: how errors call the array.
       indivisible: ``"error"``, or ``"replicate"`` to leave a dimension that does not divide unsharded.
     Raises:
-      UserError: an unknown logical name, a rank that differs from the shape's, or a dimension that does not divide.
+      UserError: an unknown logical name, a rank that differs from the shape's, or a dimension that does not
+        divide.
     """
     table = dict(rules)
     if shape is not None and len(shape) != len(logical_axes):
-        raise UserError(f"{name} of shape {tuple(shape)} has logical axes {tuple(logical_axes)}: give one per dimension.")
+        raise UserError(
+            f"{name} of shape {tuple(shape)} has logical axes {tuple(logical_axes)}: give one per dimension."
+        )
     used: set[str] = set()
     spec = []
     for dimension, logical in enumerate(logical_axes):
         if logical is not None and logical not in table:
-            raise UserError(f"{name}: no rule for the logical axis '{logical}'; there are {', '.join(table)}.")
+            raise UserError(
+                f"{name}: no rule for the logical axis '{logical}'; there are {', '.join(table)}."
+            )
         wanted = table.get(logical) or ()
         wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
         axes = tuple(axis for axis in wanted if axis_sizes.get(axis, 1) > 1 and axis not in used)
@@ -157,8 +168,8 @@ def partition_spec(
             if indivisible != "replicate":
                 sizes = " x ".join(f"{axis}={axis_sizes[axis]}" for axis in axes)
                 raise UserError(
-                    f"{name}: dimension {dimension} ('{logical}', size {shape[dimension]}) does not divide over the "
-                    f"mesh axis {sizes}: change the size or the mesh."
+                    f"{name}: dimension {dimension} ('{logical}', size {shape[dimension]}) does not divide "
+                    f"over the mesh axis {sizes}: change the size or the mesh."
                 )
             axes = ()
         used.update(axes)
@@ -213,7 +224,8 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows -> global arrays sharded by ``batch_sharding``.
 
     Args:
-      batch: a pytree of numpy arrays with a leading batch axis; process i of n holds the i-th contiguous slice.
+      batch: a pytree of numpy arrays with a leading batch axis; process i of n holds the i-th contiguous
+        slice.
     Raises:
       UserError: the global batch size is not a multiple of the batch shards, or these not of the processes.
     """
@@ -222,8 +234,8 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
 
     if shards % jax.process_count():
         raise UserError(
-            f"{jax.process_count()} processes share {shards} batch shards (data x fsdp x expert): make the number of "
-            "shards a multiple of the number of processes."
+            f"{jax.process_count()} processes share {shards} batch shards (data x fsdp x expert): make the "
+            "number of shards a multiple of the number of processes."
         )
 
     def one(path, rows):
@@ -231,8 +243,8 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
         total = rows.shape[0] * jax.process_count() if rows.ndim else 0
         if not rows.ndim or total % shards:
             raise UserError(
-                f"Batch field {path_name(path)} of global shape {(total, *rows.shape[1:])} does not divide over the "
-                f"mesh's {shards} batch shards (data x fsdp x expert): make BATCH_SIZE a multiple of {shards}."
+                f"Batch field {path_name(path)} of global shape {(total, *rows.shape[1:])} does not divide over "
+                f"{shards} batch shards (data x fsdp x expert): make BATCH_SIZE a multiple of {shards}."
             )
         return jax.make_array_from_process_local_data(sharding, rows, (total, *rows.shape[1:]))
 
@@ -240,7 +252,7 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def mesh_axis_sizes() -> dict[str, int]:
-    """Sizes of the context mesh's axes that the compiler shards: all 1 without a mesh, and inside a shard_map."""
+    """Sizes of the context mesh's axes that the compiler shards: all 1 without a mesh or in a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {axis: 1 for axis in MESH_AXES}
     if not mesh.empty:
@@ -252,8 +264,8 @@ def mesh_axis_sizes() -> dict[str, int]:
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Lays an activation out over the context mesh (``jax.set_mesh``); the identity without one.
 
-    ``constrain(y, "batch", "length", "embed")``. A dimension that does not divide stays replicated: the few rows
-    of a last evaluation batch, say. Raises UserError on an unknown name or another rank.
+    ``constrain(y, "batch", "length", "embed")``. A dimension that does not divide stays replicated: the few
+    rows of a last evaluation batch, say. Raises UserError on an unknown name or another rank.
     """
     sizes = mesh_axis_sizes()
     rules = _activation_rules.get()

@@ -25,11 +25,12 @@ class Phase:
     Attributes:
       name: names the phase's data set, its metrics and its place in the checkpoint.
       steps: optimizer steps.
-      loss: ``(params, batch, rng) -> (scalar, metrics)``. ``batch`` is any pytree whose leaves have the leading
-        batch axis. The scalar is a mean over units (tokens, examples, ...) and ``metrics["loss"]`` is (sum, number
-        of units); micro-batches are weighted by that number. A metric may be a vector: the load of each expert.
-      optimizer: a gradient transformation, or a function without arguments that returns one. Its schedule counts
-        the phase's own steps.
+      loss: ``(params, batch, rng) -> (scalar, metrics)``. ``batch`` is any pytree whose leaves have the
+        leading batch axis. The scalar is a mean over units (tokens, examples, ...) and ``metrics["loss"]`` is
+        (sum, number of units); micro-batches are weighted by that number. A metric may be a vector: the load
+        of each expert.
+      optimizer: a gradient transformation, or a function without arguments that returns one. Its schedule
+        counts the phase's own steps.
       trainable: regular expressions; a parameter trains when one of them matches its whole path, ``gate/.*``.
         All others are frozen: no gradient, no optimizer state.
       prepare: ``(params, batch) -> batch``, on the host before the step (hard negatives, fresh candidates).
@@ -59,7 +60,7 @@ class System(Protocol):
     phases: tuple[Phase, ...]
 
     def init(self, rng: jax.Array) -> Params:
-        """Fresh parameters: a plain nested dict of float32 arrays. Traceable, so it can be jitted onto a mesh."""
+        """Fresh parameters, a plain nested dict of float32 arrays; traceable, so jit puts it on a mesh."""
         ...
 
     def logical_axes(self) -> Any:
