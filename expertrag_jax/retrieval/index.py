@@ -1,0 +1,268 @@
+"""Index directories: make an index of any kind, write it so that it can be moved, open it again.
+
+An index directory holds ``manifest.json``, ``passages.tsv.gz`` (ids, texts, titles in DPR's format),
+``passage_tokens.npy`` (int32 [N, S], where tokens were given), ``vectors.npy`` (float32 [N, D], where the
+kind needs vectors) and ``searcher/`` (the kind's own files). Nothing in it is pickled, nothing names a place
+outside.
+A directory is never changed: a new version of an index is another directory, see `Retriever.swap`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from expertrag_jax.errors import UserError
+from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv, write_passages_tsv
+from expertrag_jax.retrieval.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    check_files,
+    file_entry,
+    library_versions,
+    read_manifest,
+)
+from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, Index, Queries
+
+__all__ = [
+    "ABSENT_ROW",
+    "ABSENT_SCORE",
+    "Index",
+    "LoadedIndex",
+    "Queries",
+    "check_writable",
+    "make_index",
+    "open_index",
+    "write_index",
+]
+
+# Modules by kind, imported when the kind is asked for: importing scann imports TensorFlow.
+KINDS = {
+    "scann": ("expertrag_jax.retrieval.scann_index", "ScannIndex"),
+    "exact": ("expertrag_jax.retrieval.mesh_index", "ExactIndex"),
+    "bm25": ("expertrag_jax.retrieval.lexical_index", "LexicalIndex"),
+    "hybrid": ("expertrag_jax.retrieval.hybrid_index", "HybridIndex"),
+}
+
+PASSAGES_NAME, TOKENS_NAME, VECTORS_NAME = "passages.tsv.gz", "passage_tokens.npy", "vectors.npy"
+SEARCHER_NAME = "searcher"
+
+
+def make_index(kind: str, **settings) -> Index:
+    """An empty index of a kind: "scann", "exact", "bm25" or "hybrid", with that class's settings.
+
+    Raises:
+      UserError: no such kind.
+    """
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of index {kind!r}: choose one of {', '.join(KINDS)}")
+    module, name = KINDS[kind]
+    return getattr(importlib.import_module(module), name)(**settings)
+
+
+@dataclasses.dataclass
+class LoadedIndex:
+    """An open index directory.
+
+    Attributes:
+      directory: where it lies.
+      manifest: what it says about itself.
+      index: the searcher.
+      tokens: [N, S] int32, `title 1 text` in the reader's vocabulary, 0-padded (memory-mapped); None if not
+        stored.
+      vectors: [N, D] float32 (memory-mapped); None for a purely lexical index.
+    """
+
+    directory: Path
+    manifest: Manifest
+    index: Index
+    tokens: np.ndarray | None
+    vectors: np.ndarray | None
+
+    @functools.cached_property
+    def passages(self) -> Passages:
+        """Ids, titles and texts, read when first asked for: training needs the tokens alone."""
+        return read_passages_tsv(self.directory / PASSAGES_NAME)
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+
+def check_writable(directory: str | Path, overwrite: bool = False) -> None:
+    """Refuse a place where `write_index` would refuse to write; call it before the hours of embedding.
+
+    Raises:
+      UserError: an index is there and `overwrite` is False, or something else is there.
+    """
+    directory = Path(directory)
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not (directory / MANIFEST_NAME).is_file():
+        raise UserError(
+            f"{directory} exists and is not an index: nothing was overwritten; name another directory"
+        )
+    if not overwrite:
+        raise UserError(
+            f"{directory} already holds an index: nothing was overwritten; name another directory or set "
+            "overwrite"
+        )
+
+
+def _check_parts(passages: Passages, tokens: np.ndarray | None, vectors: np.ndarray | None) -> None:
+    for name, array in (("passage_tokens", tokens), ("vectors", vectors)):
+        if array is not None and (array.ndim != 2 or len(array) != len(passages)):
+            raise UserError(
+                f"{name} has shape {array.shape} but the corpus has {len(passages)} passages: give one row "
+                "per passage"
+            )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(new: Path, old: Path) -> bool:
+    """Swap two directories in one step (Linux renameat2); False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0
+
+
+def _install(built: Path, directory: Path) -> None:
+    """Move a finished directory to its name; an index that is there is replaced whole, then removed."""
+    if directory.exists() and any(directory.iterdir()):
+        if _exchange(built, directory):
+            shutil.rmtree(built)
+        else:
+            previous = built.with_name(built.name + ".previous")
+            os.rename(directory, previous)
+            os.rename(built, directory)
+            shutil.rmtree(previous)
+    else:
+        os.rename(built, directory)
+    _sync(directory.parent)
+
+
+@contextlib.contextmanager
+def _built_beside(directory: Path) -> Iterator[Path]:
+    """A new directory beside `directory`, gone if the block fails (a killed writer leaves it)."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    built = Path(tempfile.mkdtemp(prefix=f".{directory.name}.writing-", dir=directory.parent))
+    try:
+        os.chmod(built, 0o777 & ~_umask())  # mkdtemp's 0700 would hide the index from other users
+        yield built
+    except BaseException:
+        shutil.rmtree(built, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_index(
+    directory: str | Path,
+    index: Index,
+    passages: Passages,
+    *,
+    passage_tokens: np.ndarray | None = None,
+    vectors: np.ndarray | None = None,
+    encoder_digest: str | None = None,
+    vocabulary_digests: dict[str, str] | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write a built index: beside its place, synced to disk, then renamed, so no reader sees half of it.
+
+    Args:
+      directory: where the index shall lie.
+      index: built from `passages` and `vectors`.
+      passages: the corpus, N passages.
+      passage_tokens: [N, S] int32, see `LoadedIndex.tokens`.
+      vectors: [N, D] float32, those given to `index.build`.
+      encoder_digest: of the passage encoder (`manifest.parameters_digest`).
+      vocabulary_digests: {"reader": ..., "retriever": ...}.
+      overwrite: replace an index that is there, in one step.
+
+    Returns:
+      The manifest as written.
+
+    Raises:
+      UserError: see `check_writable`; or the arrays do not fit the corpus.
+    """
+    directory = Path(os.path.abspath(directory))
+    check_writable(directory, overwrite)
+    _check_parts(passages, passage_tokens, vectors)
+    with _built_beside(directory) as built:
+        write_passages_tsv(passages, built / PASSAGES_NAME)
+        if passage_tokens is not None:
+            np.save(built / TOKENS_NAME, np.asarray(passage_tokens, np.int32), allow_pickle=False)
+        if vectors is not None:
+            np.save(built / VECTORS_NAME, np.asarray(vectors, np.float32), allow_pickle=False)
+        (built / SEARCHER_NAME).mkdir()
+        index.save(built / SEARCHER_NAME)
+        files = sorted(path for path in built.rglob("*") if path.is_file())
+        manifest = Manifest(
+            kind=index.kind,
+            metric=index.metric,
+            settings=index.settings,
+            count=len(passages),
+            dimension=None if vectors is None else int(vectors.shape[1]),
+            token_length=None if passage_tokens is None else int(passage_tokens.shape[1]),
+            corpus_digest=passages.digest,
+            encoder_digest=encoder_digest,
+            vocabulary_digests=dict(vocabulary_digests or {}),
+            versions=library_versions(),
+            files={path.relative_to(built).as_posix(): file_entry(path) for path in files},
+        )
+        (built / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        for path in [*built.rglob("*"), built]:
+            _sync(path)
+        check_writable(directory, overwrite)
+        _install(built, directory)
+    return manifest
+
+
+def _load_array(directory: Path, manifest: Manifest, name: str) -> np.ndarray | None:
+    if name not in manifest.files:
+        return None
+    return np.load(directory / name, mmap_mode="r", allow_pickle=False)
+
+
+def open_index(directory: str | Path, *, verify: bool = True, **settings) -> LoadedIndex:
+    """Open an index directory.
+
+    Args:
+      directory: written by `write_index`; may have been moved or copied since.
+      verify: compare every file's SHA-256 with the manifest; if False, names and sizes only.
+      **settings: for the index's class, such as `mesh` for the exact index.
+
+    Raises:
+      UserError: the directory is missing, is not an index, is of another format, or a file is missing or
+        damaged.
+    """
+    directory = Path(os.path.abspath(directory))
+    manifest = read_manifest(directory)
+    check_files(directory, manifest, contents=verify)
+    tokens = _load_array(directory, manifest, TOKENS_NAME)
+    vectors = _load_array(directory, manifest, VECTORS_NAME)
+    index = make_index(manifest.kind, **settings).load(directory / SEARCHER_NAME, vectors)
+    return LoadedIndex(directory, manifest, index, tokens, vectors)
