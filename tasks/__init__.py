@@ -1,0 +1,1 @@
+"""SeqIO task and mixture registrations, and the almanac, a generated world."""
