@@ -1,0 +1,78 @@
+"""Several pipelines in one training run, one homogeneous batch after the other.
+
+A batch is of one kind (closed book, open book, retriever ...), because kinds differ in shapes and modes; kinds
+alternate in a fixed period, so the position in every pipeline follows from the step number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from expertrag_jax.batch import Batch
+from expertrag_jax.errors import UserError
+
+Batches = Callable[[int], Iterator[Batch]]
+
+
+def schedule(weights: Sequence[int]) -> np.ndarray:
+    """Which pipeline serves each step of a period, spread evenly.
+
+    The n-th batch of a pipeline with weight w has its due time at (n + 1/2) / w of the period; batches stand in the
+    order of due times, ties in the order of the pipelines.
+
+    Args:
+      weights: batches of each pipeline in a period, whole numbers.
+
+    Returns:
+      [sum of weights] int64, indices of pipelines.
+    """
+    due = [((n + 0.5) / w, index) for index, w in enumerate(weights) for n in range(w)]
+    return np.array([index for _, index in sorted(due)], np.int64)
+
+
+@dataclasses.dataclass(eq=False)
+class Interleave:
+    """``interleave(start_step)`` yields the batches of several pipelines in turn.
+
+    Attributes:
+      pipelines: callables from a start step to an iterator of batches.
+      weights: how many batches of each there are in a period; whole numbers, at least 1.
+
+    Raises:
+      UserError: no pipeline, or weights that are no whole numbers from 1.
+    """
+
+    pipelines: Sequence[Batches]
+    weights: Sequence[int]
+
+    def __post_init__(self):
+        wrong = [w for w in self.weights if w != int(w) or w < 1]
+        if not self.pipelines or len(self.pipelines) != len(self.weights) or wrong:
+            raise UserError(
+                f"interleaving {len(self.pipelines)} pipelines with weights {list(self.weights)}: give each pipeline "
+                "a whole number of batches per period, at least 1"
+            )
+        self.weights = [int(w) for w in self.weights]
+        self.period = schedule(self.weights)
+
+    def __call__(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches from ``start_step`` on; ends when the pipeline whose turn it is ends."""
+        full, rest = divmod(start_step, len(self.period))
+        done = [full * w + int((self.period[:rest] == i).sum()) for i, w in enumerate(self.weights)]
+        iterators = [pipeline(step) for pipeline, step in zip(self.pipelines, done)]
+        step = start_step
+        while True:
+            batch = next(iterators[self.period[step % len(self.period)]], None)
+            if batch is None:
+                return
+            yield batch
+            step += 1
+
+
+def interleave(weighted: Sequence[tuple[Batches, int]]) -> Interleave:
+    """Alternates pipelines: ``interleave([(closed_book, 1), (open_book, 3)])``."""
+    pipelines, weights = zip(*weighted) if weighted else ((), ())
+    return Interleave(pipelines, weights)

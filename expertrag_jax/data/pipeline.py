@@ -1,0 +1,232 @@
+"""``Pipeline``: the batches of a SeqIO task or mixture, from any step on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from expertrag_jax.batch import Batch
+from expertrag_jax.data.bridge import user_errors
+from expertrag_jax.data.feature_converters import converter_for
+from expertrag_jax.data.order import Mixed, Order
+from expertrag_jax.errors import UserError
+
+_READ = 1024  # examples fetched from tf.data at a time
+_PACKING_SHUFFLE = 1 << 20  # examples shuffled before they are packed
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(eq=False)
+class Pipeline:
+    """``pipeline(start_step)`` yields batches; the position in the data is the step number.
+
+    One global order, fixed by the seed: the batch of step s holds positions s * batch_size up to
+    (s + 1) * batch_size, and process i of n gets its i-th contiguous slice. Starting at any step gives the same
+    batches as running up to it, on any number of processes.
+
+    Example:
+      >>> pipeline = Pipeline("trivia_qa", {"inputs": 64, "targets": 16, "query": 64}, batch_size=32)
+      >>> batch = next(pipeline(start_step=100))
+
+    Attributes:
+      mixture_or_task: a registered name, a ``seqio.Task`` or a ``seqio.Mixture``.
+      task_feature_lengths: lengths of the token features ("inputs", "targets", "query", "passages": the length of
+        one passage). Features of the task that are no tokens need none; those the task lacks are ignored.
+      batch_size: B of the global batch, over all processes.
+      split: of the task.
+      seed: of order, shuffling and the task's own randomness.
+      shuffle: a new order in every pass; else the source's order.
+      repeat: endlessly; else one pass, whose last batch is filled with zero rows (example id -1, loss weight 0).
+      pack: several examples per row (``inputs`` and ``targets`` only).
+      feature_converter: a ``seqio.FeatureConverter`` giving Batch fields; None chooses by the task's features.
+      materialise: read the task once into memory as padded arrays and batch in numpy; preprocessing (retrieval
+        included) then happens once. False streams through tf.data: any size, shuffled within SeqIO's buffer, and
+        resuming replays the stream up to the step.
+      use_cached: read SeqIO's offline cache of the task.
+      process_index, process_count: None asks JAX.
+    """
+
+    mixture_or_task: str | seqio.Task | seqio.Mixture
+    task_feature_lengths: Mapping[str, int]
+    batch_size: int
+    split: str = "train"
+    seed: int = 0
+    shuffle: bool = True
+    repeat: bool = True
+    pack: bool = False
+    feature_converter: seqio.FeatureConverter | None = None
+    materialise: bool = True
+    use_cached: bool = False
+    process_index: int | None = None
+    process_count: int | None = None
+
+    def __call__(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches of numpy arrays [batch_size / process_count, ...] from ``start_step`` on.
+
+        Raises:
+          UserError: no such task or split, no examples, an example that does not fit, a batch size that the
+            processes do not divide.
+        """
+        batches = self._materialised(start_step) if self.materialise else self._streamed(start_step)
+        part = self._process_slice()
+        for arrays in batches:
+            yield Batch(**{name: array[part] for name, array in arrays.items()})
+
+    @functools.cached_property
+    def provider(self) -> seqio.Task | seqio.Mixture:
+        """The task or mixture.
+
+        Raises:
+          UserError: no task of that name, or no such split.
+        """
+        provider = self.mixture_or_task
+        if isinstance(provider, str):
+            try:
+                provider = seqio.get_mixture_or_task(provider)
+            except ValueError as error:
+                raise UserError(f"MIXTURE_OR_TASK_NAME: {str(error).splitlines()[0]}") from None
+        if self.split not in provider.splits:
+            raise UserError(
+                f"task {provider.name} has no split {self.split!r}: choose one of {', '.join(sorted(provider.splits))}"
+            )
+        return provider
+
+    @functools.cached_property
+    def converter(self) -> seqio.FeatureConverter:
+        """The feature converter that was given, or the one that fits the task."""
+        return self.feature_converter or converter_for(self.provider.output_features, self.pack)
+
+    @property
+    def num_examples(self) -> int:
+        """Rows of one pass; materialises the task."""
+        return sum(len(next(iter(arrays.values()))) for arrays in self._arrays)
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Batches of one pass, the last partial one included; materialises the task."""
+        return -(-self.num_examples // self.batch_size)
+
+    def _process_slice(self) -> slice:
+        index, count = self.process_index, self.process_count
+        if index is None or count is None:
+            import jax  # here, so that reading data on one host starts no JAX backend before it is needed
+
+            index, count = jax.process_index(), jax.process_count()
+        if self.batch_size % count:
+            raise UserError(f"BATCH_SIZE {self.batch_size} is not a multiple of the {count} processes")
+        local = self.batch_size // count
+        return slice(index * local, (index + 1) * local)
+
+    def _lengths(self) -> tuple[dict, dict]:
+        """Lengths for the task (None: free axes are not cut) and for the converter (rank 0 features have 1)."""
+        features = self.provider.output_features
+        for_task, for_converter = {}, {}
+        for name, spec in self.converter.TASK_FEATURES.items():
+            if name in self.task_feature_lengths:
+                length = int(self.task_feature_lengths[name])
+                rank = features[name].rank if name in features else 1
+                for_task[name] = length if rank == 1 else (*[None] * (rank - 1), length)
+                for_converter[name] = length
+            elif spec.dtype == tf.int32 and name in ("inputs", "targets", "query", "passages"):
+                raise UserError(f"task {self.provider.name} needs a length for {name!r}: set TASK_FEATURE_LENGTHS")
+            else:
+                for_converter[name] = 1
+        return for_task, for_converter
+
+    def dataset(self, provider: seqio.Task | seqio.Mixture | None = None, **options) -> tf.data.Dataset:
+        """The converted tf.data set of single rows, in ``Batch``'s field names.
+
+        Args:
+          provider: a task of the mixture; None for the whole.
+          **options: of ``get_dataset``: shuffle, num_epochs.
+        """
+        for_task, for_converter = self._lengths()
+        ds = (provider or self.provider).get_dataset(
+            for_task, split=self.split, seed=self.seed, use_cached=self.use_cached, **options
+        )
+        if self.pack and self.materialise and self.shuffle:
+            ds = ds.shuffle(_PACKING_SHUFFLE, seed=self.seed, reshuffle_each_iteration=False)
+        return self.converter(ds, for_converter)
+
+    @functools.cached_property
+    def _sources(self) -> list[seqio.Task]:
+        tasks = self.provider.tasks if isinstance(self.provider, seqio.Mixture) else [self.provider]
+        return [task for task in tasks if self.split in task.splits]
+
+    @functools.cached_property
+    def _arrays(self) -> list[Arrays]:
+        """Per source, every row of one pass."""
+        return [
+            _read(self.dataset(task, shuffle=False, num_epochs=1, try_in_mem_cache=False), f"{task.name}/{self.split}")
+            for task in self._sources
+        ]
+
+    def _materialised(self, start_step: int) -> Iterator[Arrays]:
+        arrays = self._arrays
+        orders = [Order(len(next(iter(a.values()))), self.seed, self.shuffle) for a in arrays]
+        mixture = len(arrays) > 1
+        if mixture and not self.repeat:
+            raise UserError(f"{self.provider.name} is a mixture, which has no end: evaluate its tasks one by one")
+        rates = tuple(self.provider.get_rate(task) for task in self._sources) if mixture else ()
+        mixed = Mixed(tuple(orders), rates, self.seed)
+        steps = itertools.count(start_step) if self.repeat else range(start_step, self.steps_per_pass)
+        for step in steps:
+            positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            if mixture:
+                yield _gather_mixed(arrays, *mixed.at(positions))
+            elif self.repeat:
+                yield _gather(arrays[0], orders[0].at(positions))
+            else:
+                here = orders[0].at(positions[positions < orders[0].count])
+                yield _filled(_gather(arrays[0], here), self.batch_size)
+
+    def _streamed(self, start_step: int) -> Iterator[Arrays]:
+        ds = self.dataset(shuffle=self.shuffle, num_epochs=None if self.repeat else 1)
+        ds = ds.batch(self.batch_size).skip(start_step).prefetch(2)
+        options = tf.data.Options()
+        options.deterministic = True
+        with user_errors():
+            for arrays in ds.with_options(options).as_numpy_iterator():
+                yield _filled(arrays, self.batch_size)
+
+
+def _read(ds: tf.data.Dataset, name: str) -> Arrays:
+    """All rows of a finite dataset, field by field."""
+    with user_errors():
+        parts = list(ds.batch(_READ).as_numpy_iterator())
+    if not parts:
+        raise UserError(f"{name} has no examples")
+    return {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
+
+
+def _gather(arrays: Arrays, rows: np.ndarray) -> Arrays:
+    return {name: array[rows] for name, array in arrays.items()}
+
+
+def _gather_mixed(arrays: list[Arrays], source: np.ndarray, rows: np.ndarray) -> Arrays:
+    out = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in arrays[0].items()}
+    for s in np.unique(source):
+        here = source == s
+        for name, array in arrays[s].items():
+            out[name][here] = array[rows[here]]
+    return out
+
+
+def _filled(arrays: Arrays, size: int) -> Arrays:
+    """Fills a last, partial batch with zero rows, whose example id is -1."""
+    missing = size - len(next(iter(arrays.values())))
+    if not missing:
+        return arrays
+    filled = {
+        name: np.concatenate([a, np.zeros((missing, *a.shape[1:]), a.dtype)]) for name, a in arrays.items()
+    }
+    if "example_ids" in filled:
+        filled["example_ids"][-missing:] = -1
+    return filled
