@@ -1,1 +1,1 @@
-"""One file per published system: its loss, its phases, its way to answer."""
+"""One file per system: its loss and its way to answer. Training and answering know only the protocol."""

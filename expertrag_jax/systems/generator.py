@@ -1,0 +1,146 @@
+"""What every system with a T5-style generator shares: its losses on logits, its router's losses, its steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from expertrag_jax.batch import Batch
+from expertrag_jax.model.config import TransformerConfig
+from expertrag_jax.model.transformer import DecoderCache, Memory, Transformer, empty_cache
+
+Array = jax.Array
+
+
+def cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Array:
+    """T5X's token loss in nats: smoothed cross-entropy plus ``z_loss * logsumexp(logits)^2``.
+
+    Args:
+      logits: [B, T, V] float32; targets: [B, T] int32.
+      label_smoothing: mass spread evenly over the other V - 1 tokens; the constant entropy of the smoothed target is
+        subtracted, so a perfect prediction has loss 0.
+    Returns:
+      [B, T] float32.
+    """
+    vocab = logits.shape[-1]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_z
+    loss = -right
+    if label_smoothing:
+        low = label_smoothing / (vocab - 1)
+        confidence = 1.0 - label_smoothing
+        entropy = -(confidence * jnp.log(confidence) + (vocab - 1) * low * jnp.log(low + 1e-20))
+        loss = -(confidence - low) * right - low * (logits.sum(-1) - vocab * log_z) - entropy
+    return loss + z_loss * jnp.square(log_z)
+
+
+def router_losses(collection: Any, balance_factor: float, z_factor: float) -> tuple[Array, dict]:
+    """Balance and z-loss over all sparse layers, and the load metrics.
+
+    Args:
+      collection: the variables of ``router`` (empty for a dense model).
+      balance_factor: T5X's AUX_LOSS_FACTOR. z_factor: ROUTER_Z_LOSS_FACTOR.
+    Returns:
+      (scalar, metrics). Layers and groups that hold a token count equally.
+    """
+    layers = jax.tree.leaves(collection, is_leaf=lambda leaf: hasattr(leaf, "balance_loss"))
+    if not layers:
+        return jnp.zeros(()), {}
+
+    def flat(name):  # scanned layers carry one more leading axis
+        return jnp.concatenate([getattr(layer, name).reshape(-1) for layer in layers])
+
+    full = (flat("tokens") > 0).astype(jnp.float32)
+    count = jnp.maximum(full.sum(), 1.0)
+
+    def total(name):
+        return (flat(name) * full).sum()
+
+    loss = (balance_factor * total("balance_loss") + z_factor * total("z_loss")) / count
+    metrics = {f"router/{name}": (total(name), count) for name in ("balance_loss", "z_loss", "dropped", "entropy", "confidence")}
+    load = jnp.stack([jnp.einsum("...e,...->e", layer.load, layer.tokens) for layer in layers])  # [layers, E]
+    metrics["router/load"] = (load, flat("tokens").sum() / len(layers))
+    return loss, metrics
+
+
+def initial_parameters(config: TransformerConfig, rng: Array) -> dict:
+    """The generator's parameters, boxed with their logical axes."""
+    tokens = jnp.ones((1, 8), jnp.int32)
+    return Transformer(config).init(rng, tokens, tokens)["params"]
+
+
+def plain(params: Any) -> dict:
+    """Boxed parameters -> nested dict of arrays."""
+    return nn.unbox(params)
+
+
+def axes_of(params: Any) -> dict:
+    """Boxed parameters (abstract ones do) -> the same nested dict with tuples of logical names."""
+    specs = nn.get_partition_spec(params)
+    return jax.tree.map(
+        lambda spec, leaf: tuple(spec) + (None,) * (leaf.ndim - len(spec)), specs, nn.unbox(params),
+        is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec),
+    )
+
+
+def apply(config: TransformerConfig, params: Any, *args, method: str, rng: Array | None = None, **kwargs):
+    """Runs a Transformer method; returns (output, router collection). A ``rng`` means training."""
+    rngs = None
+    if rng is not None:
+        dropout, jitter = jax.random.split(rng)
+        rngs = {"dropout": dropout, "jitter": jitter}
+    output, state = Transformer(config).apply({"params": params}, *args, method=method, rngs=rngs, mutable=["router"], **kwargs)
+    return output, state.get("router", {})
+
+
+def target_loss(config, params, batch: Batch, memory: Memory, *, rng=None, label_smoothing=0.0, z_loss=0.0):
+    """Token losses of the batch's targets given a memory.
+
+    Returns:
+      (losses [B, T] float32, unweighted; logits [B, T, V]; router collection)
+    """
+    segments = batch.decoder_segment_ids
+    if segments is None:
+        segments = (batch.decoder_target_tokens > 0).astype(jnp.int32)
+    logits, router = apply(
+        config, params, batch.decoder_input_tokens, segments, memory, rng is None, method="logits", rng=rng
+    )
+    return cross_entropy(logits, batch.decoder_target_tokens, label_smoothing, z_loss), logits, router
+
+
+def loss_and_metrics(losses: Array, logits: Array, batch: Batch, extra: Array, metrics: dict, normalising_factor=None):
+    """Mean over target tokens, plus ``extra`` (the router's losses); also token accuracy.
+
+    ``normalising_factor`` (T5X's LOSS_NORMALIZING_FACTOR) divides the sum by a constant instead.
+    """
+    weights = batch.decoder_loss_weights
+    count = weights.sum() if normalising_factor is None else jnp.asarray(float(normalising_factor))
+    total = (losses * weights).sum()
+    right = (jnp.argmax(logits, -1) == batch.decoder_target_tokens) * weights
+    every_right = ((right > 0) | (weights == 0)).all(-1).astype(jnp.float32).sum()
+    metrics = metrics | {
+        "loss": (total, count),
+        "token_accuracy": (right.sum(), weights.sum()),
+        "sequence_accuracy": (every_right, jnp.asarray(float(losses.shape[0]))),
+        "target_tokens": (weights.sum(), jnp.asarray(1.0)),
+    }
+    return total / jnp.maximum(count, 1.0) + extra, metrics
+
+
+def begin(config: TransformerConfig, params: Any, memory: Memory, length: int, active: Array) -> tuple[Array, DecoderCache]:
+    """First decoding step: log-probabilities of the first token [B, V] float32, and the cache behind it."""
+    cache = empty_cache(config, active.shape[0], length)
+    return decode_step(config, params, memory, cache, jnp.zeros(active.shape, jnp.int32), active)
+
+
+def decode_step(config, params, memory: Memory, cache: DecoderCache, tokens: Array, active: Array | None = None):
+    """tokens [B] int32 -> (log-probabilities of the next token [B, V] float32, cache).
+
+    ``active`` [B] bool keeps padding rows out of the experts' buffers.
+    """
+    active = memory.mask.any(-1) if active is None else active
+    (logits, cache), _ = apply(config, params, tokens, memory, cache, active, method="step")
+    return jax.nn.log_softmax(logits, axis=-1), cache
