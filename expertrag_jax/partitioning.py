@@ -79,7 +79,7 @@ class MeshConfig:
     def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
         """The four axis sizes on ``num_devices`` devices; UserError if their product differs."""
         sizes = [getattr(self, axis) for axis in MESH_AXES]
-        written = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes))
+        written = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise UserError(f"Mesh {written}: sizes are positive, and at most one of them is -1 (the rest).")
         if -1 in sizes:
@@ -122,7 +122,7 @@ def slice_shapes(sizes: Sequence[int], slices: int) -> tuple[tuple[int, ...], tu
     for axis in (MESH_AXES.index("data"), MESH_AXES.index("fsdp")):
         if sizes[axis] % slices == 0:
             across = tuple(slices if i == axis else 1 for i in range(len(sizes)))
-            return tuple(size // outer for size, outer in zip(sizes, across)), across
+            return tuple(size // outer for size, outer in zip(sizes, across, strict=True)), across
     return None
 
 
@@ -243,8 +243,8 @@ def global_batch(batch: Any, mesh: Mesh) -> Any:
         total = rows.shape[0] * jax.process_count() if rows.ndim else 0
         if not rows.ndim or total % shards:
             raise UserError(
-                f"Batch field {path_name(path)} of global shape {(total, *rows.shape[1:])} does not divide over "
-                f"{shards} batch shards (data x fsdp x expert): make BATCH_SIZE a multiple of {shards}."
+                f"Batch field {path_name(path)} of global shape {(total, *rows.shape[1:])} does not divide "
+                f"over {shards} batch shards (data x fsdp x expert): make BATCH_SIZE a multiple of {shards}."
             )
         return jax.make_array_from_process_local_data(sharding, rows, (total, *rows.shape[1:]))
 
@@ -257,7 +257,9 @@ def mesh_axis_sizes() -> dict[str, int]:
     sizes = {axis: 1 for axis in MESH_AXES}
     if not mesh.empty:
         automatic = [kind != AxisType.Manual for kind in mesh.axis_types]
-        sizes |= {axis: mesh.shape[axis] for axis, auto in zip(mesh.axis_names, automatic) if auto}
+        sizes |= {
+            axis: mesh.shape[axis] for axis, auto in zip(mesh.axis_names, automatic, strict=True) if auto
+        }
     return sizes
 
 

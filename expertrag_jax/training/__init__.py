@@ -1,0 +1,1 @@
+"""Training: state, step, optimizers, phases, checkpoints, telemetry, and the loop that joins them."""

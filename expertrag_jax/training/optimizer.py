@@ -1,0 +1,131 @@
+"""Optimizers and learning rate schedules with T5X's names and defaults; plain functions, ready for gin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from expertrag_jax.errors import UserError
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def factors_schedule(
+    factors: str = "constant * linear_warmup * rsqrt_decay",
+    base_learning_rate: float = 1.0,
+    warmup_steps: int = 10000,
+    decay_factor: float = 0.5,
+    steps_per_decay: int = 20000,
+    steps_per_cycle: int = 100000,
+    step_offset: int = 0,
+    min_learning_rate: float = 1e-8,
+) -> Schedule:
+    """A product of factors of the step t, as ``t5x.utils.create_learning_rate_scheduler`` computes it.
+
+    With w = ``warmup_steps``, t counted from ``step_offset``, a factor is one of
+
+    * ``constant``: base_learning_rate
+    * ``linear_warmup``: min(1, t / w)
+    * ``linear_decay``: base_learning_rate * min(t / w, 1 + decay_factor * (w - t)): warm-up included, do not
+      combine it with the two above; it reaches 0 after 1 / decay_factor further steps
+    * ``rsqrt_decay``: 1 / sqrt(max(t, w))
+    * ``rsqrt_normalized_decay``: sqrt(w) / sqrt(max(t, w)), which is 1 at the end of the warm-up
+    * ``decay_every``: decay_factor ** floor(t / steps_per_decay)
+    * ``cosine_decay``: (1 + cos(pi * (p mod 1))) / 2 with p = max(0, (t - w) / steps_per_cycle)
+
+    The product is never below ``min_learning_rate``. T5's pre-training: the defaults.
+
+    Raises:
+      UserError: an unknown factor, or a warm-up of 0 steps where a factor divides by it.
+    """
+    names = [name.strip() for name in factors.split("*")]
+    known = {
+        "constant": lambda t: base_learning_rate,
+        "linear_warmup": lambda t: jnp.minimum(1.0, t / warmup_steps),
+        "linear_decay": lambda t: (
+            base_learning_rate * jnp.minimum(t / warmup_steps, 1.0 + decay_factor * (warmup_steps - t))
+        ),
+        "rsqrt_decay": lambda t: jax.lax.rsqrt(jnp.maximum(t, warmup_steps)),
+        "rsqrt_normalized_decay": lambda t: (
+            jnp.sqrt(warmup_steps) * jax.lax.rsqrt(jnp.maximum(t, warmup_steps))
+        ),
+        "decay_every": lambda t: decay_factor ** jnp.floor(t / steps_per_decay),
+        "cosine_decay": lambda t: (
+            0.5 * (1.0 + jnp.cos(jnp.pi * (jnp.maximum(0.0, (t - warmup_steps) / steps_per_cycle) % 1.0)))
+        ),
+    }
+    for name in names:
+        if name not in known:
+            raise UserError(f"Learning rate factor '{name}' is unknown; there are {', '.join(known)}.")
+    if warmup_steps <= 0 and set(names) - {"constant", "decay_every", "cosine_decay"}:
+        raise UserError(f"Learning rate '{factors}' needs warmup_steps of at least 1, not {warmup_steps}.")
+
+    def schedule(step: jax.Array) -> jax.Array:
+        t = jnp.maximum(0.0, jnp.asarray(step, jnp.float32) - step_offset)
+        rate = jnp.ones((), jnp.float32)
+        for name in names:
+            rate = rate * known[name](t)
+        return jnp.maximum(rate, min_learning_rate)
+
+    return schedule
+
+
+def adafactor(
+    learning_rate: float | Schedule | None = None,
+    decay_rate: float = 0.8,
+    clipping_threshold: float | None = 1.0,
+    multiply_by_parameter_scale: bool = True,
+    min_dim_size_to_factor: int = 128,
+    weight_decay: float | None = None,
+) -> optax.GradientTransformation:
+    """Adafactor (arXiv:1804.04235) with T5's settings: no momentum, factored second moments.
+
+    Args:
+      learning_rate: a number or a schedule of the phase's step; None is ``factors_schedule()``. With
+        ``multiply_by_parameter_scale`` it is relative to each parameter's root mean square.
+      decay_rate: the second moment decays by 1 - t^-decay_rate.
+      clipping_threshold: upper bound of an update's root mean square; None: none.
+      min_dim_size_to_factor: smaller matrices keep their full second moment.
+      weight_decay: multiplies parameters by (1 - weight_decay) each step; None: none.
+    """
+    return optax.adafactor(
+        learning_rate=factors_schedule() if learning_rate is None else learning_rate,
+        decay_rate=decay_rate,
+        clipping_threshold=clipping_threshold,
+        multiply_by_parameter_scale=multiply_by_parameter_scale,
+        min_dim_size_to_factor=min_dim_size_to_factor,
+        momentum=None,
+        weight_decay_rate=weight_decay,
+    )
+
+
+def adamw(
+    learning_rate: float | Schedule = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101); weight decay spares vectors (norm scales, biases).
+
+    Args:
+      learning_rate: a number or a schedule of the phase's step.
+      clip_norm: the gradient is scaled down to this global L2 norm where it is longer; None: never.
+    """
+    update = optax.adamw(
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mask=lambda p: jax.tree.map(_is_matrix, p),
+    )
+    return update if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+
+def _is_matrix(parameter: jax.Array) -> bool:
+    return parameter.ndim >= 2
