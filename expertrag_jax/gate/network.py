@@ -141,8 +141,8 @@ def standardise(params: Any, features: Any) -> dict:
     if features.ndim != 2 or not len(features) or features.shape[1:] != params["feature_mean"].shape:
         width = params["feature_mean"].shape[0]
         raise ValueError(
-            f"features have shape {features.shape}, the gate stores statistics of {width} features: give [N, F]"
-            " with N >= 1"
+            f"features have shape {features.shape}, the gate stores statistics of {width} features: give"
+            " [N, F] with N >= 1"
         )
     mean, scale = features.mean(0), features.std(0)
     scale = np.where(scale > 1e-6 * np.maximum(1.0, np.abs(mean)), scale, 1.0)

@@ -1,0 +1,220 @@
+"""Was the answer right: the scoring rules of SQuAD 1.1, SQuAD 2.0, HotpotQA and KILT, and DPR's
+``has_answer``.
+
+The rules share one normalisation and differ at its edges: answers that normalise to nothing, yes and no, and
+the empty prediction. Scores are fractions of 1, the best over the accepted answers.
+
+================
+============================================================================================== ``squad1``
+  Rajpurkar et al. 2016. An empty normalised answer can match exactly, but its F1 is 0. ``squad2``
+  Rajpurkar et al. 2018. Answers that normalise to nothing are dropped; with none left the question
+                  is unanswerable and only an (effectively) empty prediction is right, EM and F1.
+``hotpot``        Yang et al. 2018. As squad1, but F1 is 0 when either side is yes, no or noanswer and they
+differ. ``kilt``          Petroni et al. 2021. The prediction is stripped, and an empty one scores 0. Adds
+``accuracy`` (equal
+                  without normalisation) and ``rougel`` (no normalisation either).
+================
+==============================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import string
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CLOSED_ANSWERS = ("yes", "no", "noanswer")
+
+
+def normalise(text: str) -> str:
+    """Lower case, no ASCII punctuation, no articles (a, an, the), single spaces: SQuAD's rule."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the normalised prediction equals a normalised answer, else 0.0.
+
+    Raises:
+      ValueError: no answers.
+    """
+    return _best(lambda p, a: float(normalise(p) == normalise(a)), prediction, answers)
+
+
+def token_f1(prediction: str, answer: str) -> float:
+    """Harmonic mean of precision and recall over the bag of normalised tokens; 0 when they share none."""
+    predicted, expected = normalise(prediction).split(), normalise(answer).split()
+    shared = sum((Counter(predicted) & Counter(expected)).values())
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(predicted), shared / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+def squad1(prediction: str, answers: Sequence[str]) -> dict[str, float]:
+    """{"em", "f1"} of SQuAD 1.1; ValueError without answers."""
+    return {"em": exact_match(prediction, answers), "f1": _best(token_f1, prediction, answers)}
+
+
+def squad2(prediction: str, answers: Sequence[str]) -> dict[str, float]:
+    """{"em", "f1"} of SQuAD 2.0; no answers means that the question has none."""
+    answers = [answer for answer in answers if normalise(answer)] or [""]
+    return {"em": exact_match(prediction, answers), "f1": _best(_squad2_f1, prediction, answers)}
+
+
+def hotpot(prediction: str, answers: Sequence[str]) -> dict[str, float]:
+    """{"em", "f1"} of HotpotQA's answer task; ValueError without answers."""
+    return {"em": exact_match(prediction, answers), "f1": _best(_hotpot_f1, prediction, answers)}
+
+
+def kilt(prediction: str, answers: Sequence[str]) -> dict[str, float]:
+    """{"accuracy", "em", "f1", "rougel"} of KILT; ValueError without a non-blank answer."""
+    prediction = prediction.strip()
+    answers = [answer.strip() for answer in answers if answer.strip()]
+    scores = {
+        "accuracy": _best(lambda p, a: float(p == a), prediction, answers),
+        "em": exact_match(prediction, answers),
+        "f1": _best(token_f1, prediction, answers),
+        "rougel": _best(rouge_l, prediction, answers),
+    }
+    return scores if prediction else dict.fromkeys(scores, 0.0)
+
+
+SCORERS: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
+    "squad1": squad1,
+    "squad2": squad2,
+    "hotpot": hotpot,
+    "kilt": kilt,
+}
+
+
+def mean_scores(
+    predictions: Sequence[str], answers: Sequence[Sequence[str]], rule: str = "squad1"
+) -> dict[str, float]:
+    """Every score of ``rule`` (a key of SCORERS), averaged over the questions.
+
+    Raises:
+      ValueError: no predictions, or not one list of answers per prediction.
+    """
+    rows = [
+        SCORERS[rule](prediction, accepted) for prediction, accepted in zip(predictions, answers, strict=True)
+    ]
+    if not rows:
+        raise ValueError("there is nothing to score")
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L F1 as the ``rouge`` package 1.0.1 computes it, which KILT uses: summary level, over sets of
+    words.
+
+    Sentences end at every full stop. Per reference sentence, the words of its longest common subsequences
+    with each predicted sentence are united into one set over all sentences. With u its size, precision is u /
+    (distinct predicted words), recall is u / (distinct reference words), and F1 = 2pr / (p + r + 1e-8). 0
+    without a sentence on a side.
+    """
+    predicted, expected = _sentences(prediction), _sentences(reference)
+    if not predicted or not expected:
+        return 0.0
+    united: set[str] = set()
+    for reference_words in expected:
+        for words in predicted:
+            united |= _common_subsequence(reference_words, words)
+    precision = len(united) / len({word for words in predicted for word in words})
+    recall = len(united) / len({word for words in expected for word in words})
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def has_answer(text: str, answers: Iterable[str]) -> bool:
+    """Whether an answer occurs in ``text`` as a run of whole tokens (DPR, Karpukhin et al. 2020), ignoring
+    case.
+
+    A token is a run of letters, digits and marks, or any other single character that is neither blank nor
+    control; both sides are decomposed (NFD) first. An answer without tokens occurs nowhere.
+    """
+    tokens = simple_tokens(text)
+    return any(_contains(tokens, simple_tokens(answer)) for answer in answers)
+
+
+def simple_tokens(text: str) -> list[str]:
+    """DPR's tokens of a text, lower case, after NFD."""
+    return [token.lower() for token in _token_pattern().findall(unicodedata.normalize("NFD", text))]
+
+
+def _contains(tokens: list[str], run: list[str]) -> bool:
+    return bool(run) and any(tokens[i : i + len(run)] == run for i in range(len(tokens) - len(run) + 1))
+
+
+@functools.lru_cache(maxsize=1)
+def _token_pattern() -> re.Pattern[str]:
+    r"""``[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]``, which `re` cannot spell: the classes as ranges."""
+    words, blanks = [], []
+    for code in range(sys.maxunicode + 1):
+        major = unicodedata.category(chr(code))[0]
+        if major in "LNM":
+            words.append(code)
+        elif major in "ZC":
+            blanks.append(code)
+    return re.compile(f"[{_ranges(words)}]+|[^{_ranges(blanks)}]")
+
+
+def _ranges(codes: list[int]) -> str:
+    """Ascending code points as the inside of a regular expression's character class."""
+    spans: list[list[int]] = []
+    for code in codes:
+        if spans and code == spans[-1][1] + 1:
+            spans[-1][1] = code
+        else:
+            spans.append([code, code])
+    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in spans)
+
+
+def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
+    if not answers:
+        raise ValueError("a prediction is scored against at least one answer")
+    return max(score(prediction, answer) for answer in answers)
+
+
+def _squad2_f1(prediction: str, answer: str) -> float:
+    if not normalise(prediction) or not normalise(answer):
+        return float(normalise(prediction) == normalise(answer))
+    return token_f1(prediction, answer)
+
+
+def _hotpot_f1(prediction: str, answer: str) -> float:
+    predicted, expected = normalise(prediction), normalise(answer)
+    if predicted != expected and (predicted in _CLOSED_ANSWERS or expected in _CLOSED_ANSWERS):
+        return 0.0
+    return token_f1(prediction, answer)
+
+
+def _sentences(text: str) -> list[list[str]]:
+    """Words per sentence; a blank sentence holds the one word "", as in the package."""
+    return [" ".join(piece.split()).split(" ") for piece in text.split(".") if piece]
+
+
+def _common_subsequence(reference: list[str], predicted: list[str]) -> set[str]:
+    """The words of one longest common subsequence; among several, the one that the package takes."""
+    rows, columns = len(reference), len(predicted)
+    length = [[0] * (columns + 1) for _ in range(rows + 1)]
+    for i in range(1, rows + 1):
+        for j in range(1, columns + 1):
+            if reference[i - 1] == predicted[j - 1]:
+                length[i][j] = length[i - 1][j - 1] + 1
+            else:
+                length[i][j] = max(length[i - 1][j], length[i][j - 1])
+    i, j, words = rows, columns, set()
+    while i and j:
+        if reference[i - 1] == predicted[j - 1]:
+            words.add(reference[i - 1])
+            i, j = i - 1, j - 1
+        elif length[i - 1][j] > length[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return words
