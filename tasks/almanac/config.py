@@ -53,7 +53,7 @@ class AlmanacConfig:
     num_first_names: int | None = None
     num_last_names: int | None = None
     num_asked_facts: int = 6000
-    num_training_questions: int = 40_000
+    num_training_questions: int = 60_000
     zipf_shift: float = 0.0
     head_ranks: int | None = None
     tail_ranks: int = 1500

@@ -1,6 +1,6 @@
 """The almanac's words: relations with their values, their questions' phrasings and their articles' clauses.
 
-A phrasing serves one purpose only: training generator and retriever; the gate and validation splits; the test.
+A phrasing serves one purpose: training generator and retriever; the gate and validation splits; or the test.
 Held-out phrasings put words that training has seen in a new order.
 """
 
