@@ -58,8 +58,8 @@ def user_errors() -> Iterator[None]:
     """Turns a TensorFlow error that carries a ``UserError`` back into it; others pass unchanged."""
     try:
         yield
-    except tf.errors.OpError as error:
-        found = _MARKED.search(str(error))
+    except Exception as error:
+        found = _MARKED.search(str(error)) if isinstance(error, tf.errors.OpError) else None
         if found is None:
             raise
         raise UserError(found.group(1)) from None

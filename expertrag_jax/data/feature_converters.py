@@ -20,6 +20,8 @@ FeatureSpec = seqio.FeatureConverter.FeatureSpec
 CHUNK = 1024  # examples per vectorised conversion
 PACKING_CHUNK = 4096  # examples packed together; open rows are closed at its end
 
+TOKEN_FEATURES = ("inputs", "targets", "query", "passages")  # their last axis gets the length asked for
+
 _TOKENS = FeatureSpec(dtype=tf.int32)
 _SCALARS = {
     "id": FeatureSpec(dtype=tf.int64, rank=0),
@@ -48,6 +50,15 @@ FIELD_OF_FEATURE = {
 }
 
 
+def fit(tokens: tf.Tensor, length: int) -> tf.Tensor:
+    """Cuts or 0-pads the last axis to ``length``."""
+    tokens = tokens[..., :length]
+    missing = length - tf.shape(tokens)[-1]
+    padded = tf.pad(tokens, [[0, 0]] * (tokens.shape.rank - 1) + [[0, missing]])
+    padded.set_shape([*tokens.shape[:-1], length])
+    return padded
+
+
 def shift_right(targets: tf.Tensor, segment_ids: tf.Tensor | None = None) -> tf.Tensor:
     """Decoder inputs: targets one place to the right, 0 first in every segment.
 
@@ -72,8 +83,8 @@ class BatchFeatureConverter(seqio.FeatureConverter):
     Packing keeps ``inputs`` and ``targets`` alone: a packed row has no single id or decision.
 
     Attributes:
-      TASK_FEATURES: name -> dtype and rank. Token features are at most as long as
-        ``task_feature_lengths`` says; features of rank 0 and features [K] appear there with any number.
+      TASK_FEATURES: name -> dtype and rank. Token features are cut and padded to ``task_feature_lengths``;
+        features of rank 0 and features [K] appear there with any number.
     """
 
     TASK_FEATURES: Mapping[str, FeatureSpec] = {}
@@ -90,8 +101,8 @@ class BatchFeatureConverter(seqio.FeatureConverter):
 
         Args:
           pack: whether several examples share a row.
-          apply_length_check: SeqIO's check of every example's length; off because padding refuses longer
-            examples anyway, and the check costs two passes over the data.
+          apply_length_check: SeqIO's check of every example's length; off because chunks are cut to length anyway,
+            and the check costs two passes over the data.
           **options: further options of ``seqio.FeatureConverter``.
         """
         if pack:
@@ -116,21 +127,14 @@ class BatchFeatureConverter(seqio.FeatureConverter):
 
     def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
         """Chunks, converts each chunk at once, and unchunks."""
-        names = list(self.TASK_FEATURES)
-        shapes = {}
-        for name in names:
-            shape = ds.element_spec[name].shape.as_list()
-            spec = self.TASK_FEATURES[name]
-            if name in ("inputs", "targets", "query", "passages"):
-                shape[spec.sequence_dim] = int(task_feature_lengths[name])
-            shapes[name] = shape
-        ds = ds.map(lambda example: {name: example[name] for name in names})
-        ds = ds.padded_batch(PACKING_CHUNK if self.pack else CHUNK, padded_shapes=shapes)
+        ds = ds.map(lambda example: {name: example[name] for name in self.TASK_FEATURES})
+        ds = ds.padded_batch(PACKING_CHUNK if self.pack else CHUNK)
         ds = ds.map(lambda chunk: self._convert_chunk(chunk, task_feature_lengths))
         return ds.unbatch()
 
     def _convert_chunk(self, chunk: Mapping[str, tf.Tensor], lengths: Mapping[str, int]) -> dict[str, tf.Tensor]:
         """The fields of [n, ...] padded task features."""
+        chunk = {k: fit(v, int(lengths[k])) if k in TOKEN_FEATURES else v for k, v in chunk.items()}
         if self.pack:
             chunk = _pack_chunk(chunk, {name: int(lengths[name]) for name in ("inputs", "targets")})
         fields = {FIELD_OF_FEATURE[k]: v for k, v in chunk.items() if k in FIELD_OF_FEATURE}
@@ -179,6 +183,14 @@ class BothArmsFeatureConverter(BatchFeatureConverter):
     )
 
 
+class OpenBookFeatureConverter(BatchFeatureConverter):
+    """Reading: passages that come with the example, so without rows and scores."""
+
+    TASK_FEATURES = {"inputs": _TOKENS, "targets": _TOKENS, "query": _TOKENS, "id": _SCALARS["id"]} | {
+        k: _PASSAGES[k] for k in ("passages", "passage_relevance")
+    }
+
+
 class RetrieverFeatureConverter(BatchFeatureConverter):
     """Training the dual encoder: a query, and passages of which the relevant ones are marked."""
 
@@ -190,6 +202,7 @@ class RetrieverFeatureConverter(BatchFeatureConverter):
 CONVERTERS = (
     DecidedFeatureConverter,
     BothArmsFeatureConverter,
+    OpenBookFeatureConverter,
     QuestionFeatureConverter,
     RetrieverFeatureConverter,
 )

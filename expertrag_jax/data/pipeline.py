@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from expertrag_jax.batch import Batch
 from expertrag_jax.data.bridge import user_errors
-from expertrag_jax.data.feature_converters import converter_for
+from expertrag_jax.data.feature_converters import TOKEN_FEATURES, converter_for
 from expertrag_jax.data.order import Mixed, Order
 from expertrag_jax.errors import UserError
 
@@ -124,21 +124,14 @@ class Pipeline:
         local = self.batch_size // count
         return slice(index * local, (index + 1) * local)
 
-    def _lengths(self) -> tuple[dict, dict]:
-        """Lengths for the task (None: free axes are not cut) and for the converter (rank 0 features have 1)."""
-        features = self.provider.output_features
-        for_task, for_converter = {}, {}
-        for name, spec in self.converter.TASK_FEATURES.items():
-            if name in self.task_feature_lengths:
-                length = int(self.task_feature_lengths[name])
-                rank = features[name].rank if name in features else 1
-                for_task[name] = length if rank == 1 else (*[None] * (rank - 1), length)
-                for_converter[name] = length
-            elif spec.dtype == tf.int32 and name in ("inputs", "targets", "query", "passages"):
+    def _lengths(self) -> dict[str, int]:
+        """A length for every feature of the converter: SeqIO wants one, 1 for those that are no tokens."""
+        lengths = {}
+        for name in self.converter.TASK_FEATURES:
+            if name in TOKEN_FEATURES and name not in self.task_feature_lengths:
                 raise UserError(f"task {self.provider.name} needs a length for {name!r}: set TASK_FEATURE_LENGTHS")
-            else:
-                for_converter[name] = 1
-        return for_task, for_converter
+            lengths[name] = int(self.task_feature_lengths.get(name, 1))
+        return lengths
 
     def dataset(self, provider: seqio.Task | seqio.Mixture | None = None, **options) -> tf.data.Dataset:
         """The converted tf.data set of single rows, in ``Batch``'s field names.
@@ -147,13 +140,18 @@ class Pipeline:
           provider: a task of the mixture; None for the whole.
           **options: of ``get_dataset``: shuffle, num_epochs.
         """
-        for_task, for_converter = self._lengths()
+        lengths = self._lengths()
         ds = (provider or self.provider).get_dataset(
-            for_task, split=self.split, seed=self.seed, use_cached=self.use_cached, **options
+            lengths,
+            split=self.split,
+            seed=self.seed,
+            use_cached=self.use_cached,
+            trim_output_features=False,  # the converter cuts whole chunks, at a tenth of the cost
+            **options,
         )
         if self.pack and self.materialise and self.shuffle:
             ds = ds.shuffle(_PACKING_SHUFFLE, seed=self.seed, reshuffle_each_iteration=False)
-        return self.converter(ds, for_converter)
+        return self.converter(ds, lengths)
 
     @functools.cached_property
     def _sources(self) -> list[seqio.Task]:

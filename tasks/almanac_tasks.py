@@ -1,0 +1,132 @@
+"""SeqIO tasks over the almanac, the generated world (see ``tasks/almanac``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from expertrag_jax.data import preprocessors
+from expertrag_jax.data.inline_passages import InlinePassages
+from expertrag_jax.data.preprocessors import record
+from expertrag_jax.data.question_tasks import number, output_features, question_task, register
+from expertrag_jax.data.vocabularies import Vocabularies
+from tasks.almanac.builder import prepare, tfds_name
+from tasks.almanac.config import AlmanacConfig
+
+QUESTION_SPLITS = ("gate", "validation", "test_edition_1", "test_edition_2")
+
+
+def register_almanac(
+    config: AlmanacConfig, data_dir: str | os.PathLike, vocabularies: Vocabularies, name: str = "almanac"
+) -> dict[str, seqio.Task]:
+    """Registers the tasks that need no index; generates the world below ``data_dir`` if it is not there.
+
+    Args:
+      config: of the world.
+      data_dir: TFDS's data directory.
+      vocabularies: of reader and retriever.
+      name: prefix of the tasks' names.
+
+    Returns:
+      Tasks by what they train:
+        "closed_book" (split train): question and answer of edition 0;
+        "open_book" (train): K passages in ``passages`` with the question in front, relevance; no rows and scores;
+        "retriever" (train): ``query``, and the positive and a hard negative in ``passages``, title and text alone;
+        "questions" (gate, validation, test_edition_1, test_edition_2): question and answer.
+    """
+    prepare(config, data_dir)
+    tasks = {
+        "closed_book": question_task(
+            f"{name}_closed_book", almanac_source(config, data_dir, "train_closed_book"), _record, vocabularies
+        ),
+        "open_book": _open_book(f"{name}_open_book", config, data_dir, vocabularies),
+        "retriever": _retriever(f"{name}_retriever", config, data_dir, vocabularies),
+        "questions": question_task(
+            f"{name}_questions", almanac_source(config, data_dir, *QUESTION_SPLITS), _record, vocabularies
+        ),
+    }
+    return {kind: register(task) for kind, task in tasks.items()}
+
+
+def register_almanac_evidence(
+    config: AlmanacConfig,
+    data_dir: str | os.PathLike,
+    vocabularies: Vocabularies,
+    retriever: Any,
+    name: str = "almanac_evidence",
+    mode: str = "both_arms",
+    **evidence: Any,
+) -> seqio.Task:
+    """Registers the question splits with passages of an index; for training the gate, ``mode`` "both_arms".
+
+    Args:
+      config, data_dir, vocabularies: as for ``register_almanac``, which has been called before.
+      retriever: over the index of an edition of the corpus.
+      name: of the task.
+      mode: "both_arms" or "decided".
+      **evidence: num_passages, policy, p_ret of ``data.question_tasks.question_task``.
+    """
+    source = almanac_source(config, data_dir, *QUESTION_SPLITS)
+    return register(question_task(name, source, _record, vocabularies, mode, retriever, **evidence))
+
+
+def almanac_source(config: AlmanacConfig, data_dir: str | os.PathLike, *splits: str) -> seqio.TfdsDataSource:
+    """The prepared world as a source; a split "train_..." is called "train"."""
+    names = {"train" if split.startswith("train") else split: split for split in splits}
+    # read_only: the data is there, so TFDS need not look for it on the network.
+    return seqio.TfdsDataSource(tfds_name(config), tfds_data_dir=os.fspath(data_dir), splits=names, read_only=True)
+
+
+def _record(example: Mapping[str, Any]) -> dict[str, tf.Tensor]:
+    return record(example["question"], example["answers"], id=example["id"])
+
+
+def _record_with_passages(example: Mapping[str, Any]) -> dict[str, tf.Tensor]:
+    passages = example["passages"]
+    return _record(example) | {
+        "titles": passages["title"],
+        "texts": passages["text"],
+        "passage_relevance": passages["relevance"],
+    }
+
+
+def _open_book(
+    name: str, config: AlmanacConfig, data_dir: str | os.PathLike, vocabularies: Vocabularies
+) -> seqio.Task:
+    steps = [
+        preprocessors.normalise(_record_with_passages),
+        seqio.CacheDatasetPlaceholder(),
+        preprocessors.in_chunks,
+        preprocessors.TokeniseQuestions(vocabularies),
+        InlinePassages(vocabularies.reader, with_question=True),
+        preprocessors.single_examples,
+    ]
+    features = output_features("closed_book", vocabularies) | {
+        "passages": seqio.Feature(vocabularies.reader, rank=2),
+        "passage_relevance": number(tf.float32, 1),
+    }
+    return seqio.Task(name, almanac_source(config, data_dir, "train_open_book"), features, steps)
+
+
+def _retriever(
+    name: str, config: AlmanacConfig, data_dir: str | os.PathLike, vocabularies: Vocabularies
+) -> seqio.Task:
+    steps = [
+        preprocessors.normalise(_record_with_passages),
+        seqio.CacheDatasetPlaceholder(),
+        preprocessors.in_chunks,
+        preprocessors.TokeniseQuestions(vocabularies, targets=False),
+        InlinePassages(vocabularies.retriever, with_question=False),
+        preprocessors.single_examples,
+    ]
+    features = {
+        "id": number(tf.int64),
+        "query": seqio.Feature(vocabularies.retriever),
+        "passages": seqio.Feature(vocabularies.retriever, rank=2),
+        "passage_relevance": number(tf.float32, 1),
+    }
+    return seqio.Task(name, almanac_source(config, data_dir, "train_retriever"), features, steps)
