@@ -53,6 +53,11 @@ class Layout:
         """Fresh parameters, made in place on the mesh; the same numbers on every mesh."""
         return jax.jit(system.init, out_shardings=self.params)(jax.random.key(seed))
 
+    @property
+    def abstract_params(self) -> Any:
+        """Shapes, dtypes and shardings of the parameters, as ShapeDtypeStructs."""
+        return _placed(self.shapes, self.params)
+
     def abstract_state(self, phase: Phase) -> TrainState:
         """Shapes, dtypes and shardings of the state in a phase, as ShapeDtypeStructs."""
         trainable, _ = parameters.split(self.shapes, phase.trainable)
@@ -63,7 +68,7 @@ class Layout:
             step=counter,
             phase=counter,
             phase_step=counter,
-            params=_placed(self.shapes, self.params),
+            params=self.abstract_params,
             optimizer_state=_placed(optimizer_state, self.optimizer_shardings(optimizer_state)),
         )
 

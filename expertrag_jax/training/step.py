@@ -78,7 +78,10 @@ def make_train_step(
             "parameter_norm": (optax.global_norm(updated), one),
         }
 
-    shardings = {} if state_shardings is None else {"out_shardings": (state_shardings, None)}
+    shardings = {}
+    if state_shardings is not None:  # metrics go to every process
+        everywhere = partitioning.replicated(jax.tree.leaves(state_shardings)[0].mesh)
+        shardings = {"out_shardings": (state_shardings, everywhere)}
     return jax.jit(step, donate_argnums=(0,) if donate else (), **shardings)
 
 

@@ -1,0 +1,233 @@
+"""The training run: open, resume or start, go through the phases, and leave a checkpoint behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from expertrag_jax import partitioning
+from expertrag_jax.errors import UserError
+from expertrag_jax.systems.system import Phase, System
+from expertrag_jax.training import phases as phases_lib
+from expertrag_jax.training.checkpoint import Checkpoints
+from expertrag_jax.training.interruption import Interrupted, Interruption
+from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
+from expertrag_jax.training.nonfinite import Watch
+from expertrag_jax.training.pretrained import start_from
+from expertrag_jax.training.state import Layout, TrainState
+from expertrag_jax.training.step import make_train_step
+from expertrag_jax.training.telemetry import Progress, Telemetry
+
+Dataset = Callable[[int], Iterator[Any]]  # position in the phase -> the batches from there on
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """Something to measure during training.
+
+    Attributes:
+      name: its results are logged as ``name/<metric>``.
+      period: in steps of the run; it also runs after the last step of each phase.
+      measure: ``(params, step) -> {metric: number}``.
+      phase: only in the phase of this name; None: in all.
+    """
+
+    name: str
+    period: int
+    measure: Callable[[Any, int], Mapping[str, float]]
+    phase: str | None = None
+
+
+def train(
+    system: System,
+    datasets: Mapping[str, Dataset],
+    model_dir: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    rules: partitioning.Rules = partitioning.PARAMETER_RULES,
+    phases: Sequence[Phase] | None = None,
+    seed: int = 0,
+    microbatches: int = 1,
+    checkpoint_period: int = 1000,
+    keep_checkpoints: int = 3,
+    asynchronous_checkpoints: bool = True,
+    log_period: int = 100,
+    hooks: Sequence[Hook] = (),
+    initial_checkpoint: str | Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> TrainState:
+    """Trains a system through its phases; a MODEL_DIR with a checkpoint is resumed from the newest one.
+
+    A run that was killed and resumed ends with the same parameters, bit for bit, as one that was not, on the
+    same mesh and with data sets that give the same batches from a position on.
+
+    Args:
+      system: see ``systems.system.System``.
+      datasets: phase name -> ``(start_step) -> iterator`` of this process's rows, any pytree of arrays with a
+        leading batch axis; batches of a phase may have several shapes.
+      model_dir: new, empty, or a model directory.
+      mesh: default: all devices on the axis ``data``. rules: parameters' logical axes -> mesh axes.
+      phases: default: the system's.
+      seed: of initial parameters and of each step's random numbers.
+      microbatches: see ``step.make_train_step``.
+      checkpoint_period, log_period: in steps of the run. A checkpoint is also written after each phase and on
+        SIGTERM. keep_checkpoints: the newest so many stay.
+      initial_checkpoint: for a run that starts: see ``pretrained.start_from``.
+      metadata: JSON for the checkpoint; what stands in ``metadata["digests"]`` (vocabularies) must be the
+        same when the run is resumed.
+      progress: called with each record that is logged.
+    Returns:
+      The state after the last phase.
+    Raises:
+      UserError: bad configuration or checkpoint. NonFiniteLoss: see there.
+      Interrupted: after SIGTERM, when the state is saved; it is a SystemExit with code 0.
+    """
+    mesh = mesh or partitioning.make_mesh()
+    phases = tuple(system.phases if phases is None else phases)
+    model_dir = open_model_dir(model_dir)
+    checkpoints = Checkpoints(model_dir / CHECKPOINTS, keep_checkpoints, asynchronous_checkpoints)
+    telemetry = Telemetry(model_dir / LOGS, progress)
+    with jax.set_mesh(mesh), Interruption() as interruption, checkpoints, telemetry:
+        with telemetry.lost("startup"):
+            layout = Layout(system, mesh, rules)
+            phases_lib.check(phases, datasets, layout.shapes)
+            facts = {"seed": seed, "digests": {}, **(metadata or {})}
+            if checkpoints.latest is not None:
+                state = resume(checkpoints, phases, layout, facts)
+            else:
+                params = layout.initial_params(system, seed)
+                params = start_from(initial_checkpoint, params) if initial_checkpoint else params
+                state = phases_lib.enter(params, 0, 0, phases[0], layout)
+        telemetry.resume(int(state.step))
+        run = Run(
+            phases, datasets, layout, checkpoints, telemetry, interruption, Watch(model_dir / LOGS),
+            tuple(hooks), facts, seed, microbatches, checkpoint_period, log_period,
+        )  # fmt: skip
+        for index in range(int(state.phase), len(phases)):
+            if int(state.phase) != index:
+                state = phases_lib.enter(state.params, int(state.step), index, phases[index], layout)
+            state = run.phase(state, index)
+        return state
+
+
+def resume(
+    checkpoints: Checkpoints, phases: Sequence[Phase], layout: Layout, facts: Mapping[str, Any]
+) -> TrainState:
+    """The newest checkpoint's state on this run's mesh.
+
+    Raises:
+      UserError: it is of another seed, vocabulary, phase or shape.
+    """
+    step = checkpoints.latest
+    stored = checkpoints.metadata(step)
+    if stored["seed"] != facts["seed"]:
+        raise UserError(
+            f"The checkpoint at step {step} is of a run with seed {stored['seed']}, and this one has "
+            f"{facts['seed']}: set RANDOM_SEED to {stored['seed']}, or name another MODEL_DIR."
+        )
+    for name, digest in facts["digests"].items():
+        if stored["digests"].get(name, digest) != digest:
+            raise UserError(
+                f"The checkpoint at step {step} was trained with another {name} (SHA-256 "
+                f"{stored['digests'][name][:12]}..., now {digest[:12]}...): use that one, or another "
+                "MODEL_DIR."
+            )
+    index = phases_lib.locate(phases, stored["phase"])
+    state = checkpoints.restore(step, layout.abstract_state(phases[index]))
+    place = partitioning.replicated(layout.mesh)
+    return state.replace(phase=jax.device_put(jax.numpy.int32(index), place))
+
+
+@dataclasses.dataclass
+class Run:
+    """What the steps of a run share."""
+
+    phases: tuple[Phase, ...]
+    datasets: Mapping[str, Dataset]
+    layout: Layout
+    checkpoints: Checkpoints
+    telemetry: Telemetry
+    interruption: Interruption
+    watch: Watch
+    hooks: tuple[Hook, ...]
+    facts: Mapping[str, Any]
+    seed: int
+    microbatches: int
+    checkpoint_period: int
+    log_period: int
+
+    def phase(self, state: TrainState, index: int) -> TrainState:
+        """The remaining steps of a phase; the device is one step ahead of everything that is looked at."""
+        phase, step, first = self.phases[index], int(state.step), int(state.phase_step)
+        train_step = self.compiled_step(phase)
+        batches = self.datasets[phase.name](first) if first < phase.steps else iter(())
+        for phase_step in range(first + 1, phase.steps + 1):
+            batch = self.next_batch(batches, phase, state.params, phase_step)
+            state, metrics = train_step(state, batch)
+            step += 1
+            self.telemetry.count(batch)
+            self.watch.add(step, metrics, batch)
+            last = phase_step == phase.steps
+            if step % self.log_period == 0 or last:
+                self.telemetry.log(step, phase.name, phase_step, self.watch.take())
+            self.run_hooks(state, step, phase, last)
+            stop = self.interruption.requested(step)
+            if step % self.checkpoint_period == 0 or last or stop:
+                self.save(state, step, phase, phase_step)
+            if stop:
+                self.checkpoints.wait()
+                raise Interrupted(step)
+        return state
+
+    def compiled_step(self, phase: Phase) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+        """The phase's step on this process's rows; the seconds of compilation are counted as lost."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.layout.abstract_state(phase))
+        step = make_train_step(
+            phase.loss, phase.make_optimizer(), phase.trainable,
+            microbatches=self.microbatches, seed=self.seed, state_shardings=shardings,
+        )  # fmt: skip
+        seen = set()
+
+        def run(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+            shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(batch))
+            arrays = partitioning.global_batch(batch, self.layout.mesh)
+            if (shapes, jax.tree.structure(batch)) in seen:
+                return step(state, arrays)
+            seen.add((shapes, jax.tree.structure(batch)))
+            with self.telemetry.lost("compile"):
+                return step(state, arrays)
+
+        return run
+
+    def next_batch(self, batches: Iterator[Any], phase: Phase, params: Any, phase_step: int) -> Any:
+        """The next batch, prepared on the host; UserError where the data ends before the phase does."""
+        batch = next(batches, None)
+        if batch is None:
+            raise UserError(
+                f"The data of phase '{phase.name}' ended before step {phase_step} of {phase.steps}: repeat "
+                "it, or train fewer steps."
+            )
+        return batch if phase.prepare is None else phase.prepare(params, batch)
+
+    def run_hooks(self, state: TrainState, step: int, phase: Phase, last: bool) -> None:
+        """Measures what is due, and logs it."""
+        for hook in self.hooks:
+            if hook.phase in (None, phase.name) and (last or step % hook.period == 0):
+                self.watch.settle()
+                with self.telemetry.lost("evaluation"):
+                    figures = hook.measure(state.params, step)
+                named = {f"{hook.name}/{key}": float(value) for key, value in figures.items()}
+                self.telemetry.write({"step": step, "phase": phase.name} | named)
+
+    def save(self, state: TrainState, step: int, phase: Phase, phase_step: int) -> None:
+        """Writes a checkpoint of a state that is known to be good."""
+        self.watch.settle()
+        with self.telemetry.lost("checkpoint"):
+            place = {"phase": phase.name, "phase_step": phase_step, "mesh": dict(self.layout.mesh.shape)}
+            self.checkpoints.save(step, state, {**self.facts, **place})

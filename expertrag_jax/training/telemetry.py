@@ -1,0 +1,156 @@
+"""What a run tells: ``logs/metrics.jsonl``, TensorBoard summaries, a log line, and where the time went."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+from absl import logging
+
+from expertrag_jax.partitioning import path_name
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+class Telemetry:
+    """Records of a run; only process 0 writes. A context manager, which closes the files.
+
+    A record is ``{"step", "phase", "phase_step", <metric>: value or list, "seconds_per_step",
+    "examples_per_second", "tokens_per_second", "goodput", "wall_seconds"}``:
+
+    * seconds per step leave out compilation, checkpoints and evaluation; the rates follow from them,
+    * tokens are the non-zero entries of batch fields called ``*tokens`` (``decoder_input_tokens``, the
+    shifted
+      copy of the targets, is left out), over all processes,
+    * goodput is the share of wall seconds since the start that went into steps.
+    """
+
+    def __init__(self, directory: str | Path, progress: Progress | None = None):
+        """Opens nothing yet: ``resume`` does, when the first step is known.
+
+        Args:
+          directory: ``MODEL_DIR/logs``.
+          progress: called with each record, for a progress bar.
+        """
+        self._directory = Path(directory)
+        self._progress = progress
+        self._file = self._board = None
+        self._start = self._window = time.monotonic()
+        self._lost = collections.Counter()  # seconds by cause, since the start
+        self._window_lost = 0.0
+        self._steps = self._examples = self._tokens = 0
+
+    def resume(self, step: int) -> None:
+        """Opens the files; what an earlier run recorded beyond ``step`` is dropped: it will come again."""
+        if jax.process_index() == 0:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path = self._directory / "metrics.jsonl"
+            kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
+            path.write_text("".join(kept))
+            self._file = path.open("a")
+            self._board = tensorboardX.SummaryWriter(
+                str(self._directory), purge_step=step + 1 if step else None
+            )
+        self._window = time.monotonic()
+        self._window_lost = sum(self._lost.values())
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+    @contextlib.contextmanager
+    def lost(self, cause: str) -> Iterator[None]:
+        """Counts the seconds inside as lost: ``startup``, ``compile``, ``checkpoint``, ``evaluation``."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._lost[cause] += time.monotonic() - start
+
+    def count(self, batch: Any) -> None:
+        """Counts one step on this process's rows."""
+        self._steps += 1
+        self._examples += jax.process_count() * jax.tree.leaves(batch)[0].shape[0]
+        self._tokens += jax.process_count() * token_count(batch)
+
+    def log(
+        self, step: int, phase: str, phase_step: int, metrics: Iterable[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Writes and returns the record of the steps since the last one.
+
+        Args:
+          metrics: of each of these steps, name -> (total, count) on the host.
+        """
+        now = time.monotonic()
+        lost = sum(self._lost.values())
+        seconds = max(1e-9, now - self._window - (lost - self._window_lost))
+        record = {"step": step, "phase": phase, "phase_step": phase_step} | mean_metrics(metrics)
+        record |= {
+            "seconds_per_step": seconds / max(1, self._steps),
+            "examples_per_second": self._examples / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "goodput": max(0.0, 1 - lost / max(1e-9, now - self._start)),
+            "wall_seconds": now - self._start,
+        }
+        self._window, self._window_lost = now, lost
+        self._steps = self._examples = self._tokens = 0
+        self.write(record)
+        return record
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes a record that has ``step`` and any numbers, lists of numbers and strings."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if isinstance(value, list):
+                self._board.add_histogram(name, np.asarray(value), record["step"])
+                self._board.add_scalar(f"{name}/max", max(value), record["step"])
+                self._board.add_scalar(f"{name}/mean", float(np.mean(value)), record["step"])
+            elif isinstance(value, (int, float)) and name != "step":
+                self._board.add_scalar(name, value, record["step"])
+        numbers = [f"{k} {v:.5g}" for k, v in record.items() if isinstance(v, float)]
+        logging.info("step %d: %s", record["step"], ", ".join(numbers))
+        if self._progress is not None:
+            self._progress(record)
+
+
+def mean_metrics(metrics: Iterable[Mapping[str, tuple[Any, Any]]]) -> dict[str, Any]:
+    """sum(total) / sum(count) over steps, per name: a float, or a list; absent where the count is 0."""
+    sums: dict[str, tuple[Any, Any]] = {}
+    for step in metrics:
+        for name, (total, count) in step.items():
+            old = sums.get(name, (0.0, 0.0))
+            sums[name] = (old[0] + np.asarray(total, np.float64), old[1] + np.asarray(count, np.float64))
+    values = {name: total / count for name, (total, count) in sums.items() if np.all(count != 0)}
+    return {name: value.tolist() for name, value in values.items() if np.all(np.isfinite(value))}
+
+
+def token_count(batch: Any) -> int:
+    """Non-padding tokens of a batch: see ``Telemetry``."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        name = path_name(path).rsplit("/", 1)[-1]
+        if name.endswith("tokens") and name != "decoder_input_tokens":
+            total += int(np.count_nonzero(leaf))
+    return total
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The JSON lines of a file; a last one that a killed run left unfinished is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
