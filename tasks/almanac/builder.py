@@ -38,8 +38,8 @@ class Almanac(tfds.core.GeneratorBasedBuilder):
     """A generated world's examples.
 
     Splits: train_closed_book, train_open_book, train_retriever, gate, validation, test_edition_1,
-    test_edition_2. All have the same features (see ``examples.py``). Files keep the order of generation, which
-    is random already. Needs no network.
+    test_edition_2. All have the same features (see ``examples.py``). Files keep the order of generation,
+    which is random already. Needs no network.
     """
 
     VERSION = tfds.core.Version(VERSION)

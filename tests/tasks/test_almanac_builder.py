@@ -1,0 +1,86 @@
+"""The TFDS builder end to end on a tiny world, offline."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from tasks.almanac import AlmanacConfig, AlmanacError, World
+from tasks.almanac.examples import SPLITS
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+TINY = AlmanacConfig(
+    num_entities=40,
+    num_asked_facts=200,
+    num_training_questions=400,
+    tail_ranks=60,
+    gate_facts=20,
+    validation_facts=10,
+    test_questions=40,
+    num_open_book_examples=30,
+    num_retriever_examples=20,
+)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    from tasks.almanac import builder
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the builder used the network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        directory = tmp_path_factory.mktemp("tfds")
+        builder.prepare(TINY, directory, progress=False)
+    return directory
+
+
+def to_plain(example) -> dict:
+    """TFDS's numpy example in the form that ``examples.py`` yields."""
+    plain = {
+        key: value.item() for key, value in example.items() if key not in TEXTS | {"answers", "passages"}
+    }
+    plain |= {key: example[key].decode() for key in TEXTS}
+    passages = example["passages"]
+    columns = zip(passages["title"], passages["text"], passages["relevance"], strict=True)
+    plain["passages"] = [
+        {"title": a.decode(), "text": b.decode(), "relevance": float(c)} for a, b, c in columns
+    ]
+    plain["answers"] = [answer.decode() for answer in example["answers"]]
+    return plain
+
+
+TEXTS = {"question", "stratum"}
+
+
+def test_files_hold_the_examples_in_order(data_dir):
+    from tasks.almanac import builder
+
+    world = World(TINY)
+    for split, generate in SPLITS.items():
+        dataset = tfds.load(builder.tfds_name(TINY), data_dir=str(data_dir), split=split)
+        read = [to_plain(example) for example in dataset.as_numpy_iterator()]
+        expected = list(generate(world))
+        assert len(read) == len(expected) > 0
+        for got, want in zip(read, expected):
+            assert got.pop("weight") == pytest.approx(want.pop("weight"))
+            assert got == want
+
+
+def test_a_prepared_world_is_not_written_again(data_dir, monkeypatch):
+    from tasks.almanac import builder
+
+    monkeypatch.setattr(builder.Almanac, "_generate_examples", None)
+    assert builder.prepare(TINY, data_dir, progress=False).info.splits["gate"].num_examples == 40
+
+
+def test_an_impossible_world_leaves_nothing_behind(tmp_path):
+    from tasks.almanac import builder
+
+    with pytest.raises(AlmanacError):
+        builder.prepare(AlmanacConfig(num_entities=40), tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
