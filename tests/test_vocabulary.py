@@ -28,7 +28,7 @@ def test_round_trip_and_special_ids(vocabulary):
         assert not {PAD_ID, EOS_ID, UNK_ID} & set(ids)
         assert max(ids) < vocabulary.size == 70
         assert vocabulary.decode(ids) == text
-    assert vocabulary.encode("Żółw")[-1] == UNK_ID
+    assert UNK_ID in vocabulary.encode("Żółw")
     assert vocabulary.encode("") == []
 
 

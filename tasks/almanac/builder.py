@@ -17,7 +17,7 @@ from tasks.almanac.world import World
 VERSION = "1.0.0"
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class AlmanacBuilderConfig(tfds.core.BuilderConfig):
     """A world's configuration under a name of its own, so that different worlds share one data directory.
 
@@ -31,7 +31,7 @@ class AlmanacBuilderConfig(tfds.core.BuilderConfig):
     def of(cls, world: AlmanacConfig) -> AlmanacBuilderConfig:
         """Names the configuration by entities, seed and digest of all fields."""
         name = f"e{world.num_entities}_s{world.seed}_{world.digest}"
-        return cls(name=name, description=f"{world}", world=world)
+        return cls(name=name, description=f"{world.num_entities} entities, seed {world.seed}", world=world)
 
 
 class Almanac(tfds.core.GeneratorBasedBuilder):
