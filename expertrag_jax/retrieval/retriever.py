@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.evidence import SEPARATOR
 from expertrag_jax.retrieval.cache import RetrievalCache
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.index import LoadedIndex
 from expertrag_jax.retrieval.manifest import check_matches
 from expertrag_jax.retrieval.protocol import ABSENT_ROW, Queries, absent
 
-SEPARATOR = 1  # the EOS id between title and text, as in `evidence`
 
 
 class Retrieved(NamedTuple):

@@ -1,0 +1,178 @@
+"""The approximate index: ScaNN's quantised tree search (Guo et al. 2020, arXiv 1908.10396).
+
+ScaNN is imported inside functions: its package imports TensorFlow, which takes seconds and has no place in the
+core.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from expertrag_jax.errors import UserError
+from expertrag_jax.retrieval.corpus import Passages
+from expertrag_jax.retrieval.mesh_index import ExactIndex
+from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, Queries, absent, require_vectors
+
+_LOG = logging.getLogger(__name__)
+_SETTINGS, _SEARCHER = "scann.json", "scann"
+SMALLEST_CORPUS = 1000  # below it an exact search is faster, and a tree has too little to learn from
+_TRAINING_SAMPLE = 250_000
+
+
+def automatic_parameters(count: int) -> dict[str, int]:
+    """Tree and reordering parameters by corpus size.
+
+    sqrt(N) leaves balance the two scans, of centroids and of leaves. A quarter of the leaves of a small corpus
+    and fewer of a large one (never below 32) are searched; 200 candidates of the quantised scan are scored exactly.
+
+    Args:
+      count: N passages.
+
+    Returns:
+      num_leaves, leaves_to_search, reorder.
+    """
+    leaves = max(8, round(math.sqrt(count)))
+    share = 0.25 if count <= 100_000 else max(0.03, 0.25 * math.sqrt(100_000 / count))
+    return {
+        "num_leaves": leaves,
+        "leaves_to_search": min(leaves, max(32, math.ceil(share * leaves))),
+        "reorder": 200,
+    }
+
+
+def _pybind() -> Any | None:
+    """ScaNN's binding, or None where it cannot be imported (outside Linux x86-64, say)."""
+    if importlib.util.find_spec("scann") is None:
+        return None
+    try:
+        from scann.scann_ops.py import scann_ops_pybind
+    except (ImportError, OSError) as error:
+        _LOG.warning("scann is installed but cannot be imported: %s", error)
+        return None
+    return scann_ops_pybind
+
+
+class ScannIndex:
+    """Tree, asymmetric hashing and exact reordering over float32 vectors, by inner product.
+
+    Below 1,000 passages, or where ScaNN cannot be imported, an `ExactIndex` serves and one log line says so.
+
+    Attributes:
+      num_leaves: leaves of the tree; by `automatic_parameters` where None, as the next two.
+      leaves_to_search: leaves scanned per question: recall against time.
+      reorder: candidates that are scored exactly (at least 4 k).
+      threads: 0 for all cores.
+    """
+
+    kind: ClassVar[str] = "scann"
+    metric: ClassVar[str] = "dot_product"
+    needs_texts: ClassVar[bool] = False
+    needs_vectors: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        num_leaves: int | None = None,
+        leaves_to_search: int | None = None,
+        reorder: int | None = None,
+        threads: int = 0,
+    ):
+        self._asked = {"num_leaves": num_leaves, "leaves_to_search": leaves_to_search, "reorder": reorder}
+        self.threads = threads
+        self.settings: dict = dict(self._asked)
+        self._searcher: Any | None = None
+        self._exact: ExactIndex | None = None
+        self._count, self._dimension = 0, 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the exact index serves in ScaNN's place."""
+        return self._exact is not None
+
+    def _serve_exactly(self, vectors: np.ndarray, why: str) -> ScannIndex:
+        _LOG.info("%s: the exact index serves in place of ScaNN", why)
+        self._exact = ExactIndex().build(None, vectors)
+        return self
+
+    def build(self, passages: Passages | None, vectors: np.ndarray | None) -> ScannIndex:
+        """Train the tree and the quantiser on vectors [N, D] and index them. Returns self."""
+        if vectors is None or vectors.ndim != 2 or not len(vectors):
+            raise UserError("the scann index needs one vector per passage: embed the passages first")
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        self._count, self._dimension = vectors.shape
+        automatic = automatic_parameters(self._count)
+        self.settings = {
+            name: automatic[name] if value is None else value for name, value in self._asked.items()
+        }
+        self.settings["leaves_to_search"] = min(
+            self.settings["leaves_to_search"], self.settings["num_leaves"]
+        )
+        if self._count < SMALLEST_CORPUS:
+            return self._serve_exactly(vectors, f"{self._count} passages are fewer than {SMALLEST_CORPUS}")
+        pybind = _pybind()
+        if pybind is None:
+            return self._serve_exactly(vectors, "scann cannot be imported on this machine")
+        builder = pybind.builder(vectors, 10, "dot_product")
+        builder = builder.tree(
+            num_leaves=self.settings["num_leaves"],
+            num_leaves_to_search=self.settings["leaves_to_search"],
+            training_sample_size=min(self._count, _TRAINING_SAMPLE),
+        )
+        # 0.2: errors along a vector cost more than errors across it, for they change large inner products
+        builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(
+            self.settings["reorder"]
+        )
+        self._searcher = builder.set_n_training_threads(self.threads).build()
+        return self
+
+    def search(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [B, k] int32 and exact inner products [B, k] float32 of the candidates; see `Index.search`."""
+        if self._exact is not None:
+            return self._exact.search(queries, k)
+        if self._searcher is None:
+            raise ValueError("the scann index has not been built")
+        vectors = np.ascontiguousarray(require_vectors(queries, self._dimension, self.kind))
+        rows, scores = absent(len(vectors), k)
+        if not len(vectors):
+            return rows, scores
+        wanted = min(k, self._count)
+        reorder = min(self._count, max(self.settings["reorder"], 4 * wanted))
+        found, products = self._searcher.search_batched(vectors, wanted, reorder)
+        missing = np.isnan(products)  # ScaNN fills up with NaN where the searched leaves hold too few
+        rows[:, :wanted] = np.where(missing, ABSENT_ROW, found.astype(np.int64))
+        scores[:, :wanted] = np.where(missing, ABSENT_SCORE, products)
+        return rows, scores
+
+    def save(self, directory: Path) -> None:
+        """Write settings and ScaNN's assets; their paths are relative, so the directory may move."""
+        directory = Path(directory)
+        state = {"settings": self.settings, "shape": [self._count, self._dimension]}
+        (directory / _SETTINGS).write_text(json.dumps(state))
+        if self._searcher is None:
+            return
+        folder = directory / _SEARCHER
+        folder.mkdir()
+        self._searcher.serialize(str(folder), relative_path=True)
+        assets = folder / "scann_assets.pbtxt"
+        # an absolute path would name the folder it was built in, gone after the rename that ends a write
+        assets.write_text(assets.read_text().replace(f"{folder}/", ""))
+
+    def load(self, directory: Path, vectors: np.ndarray | None) -> ScannIndex:
+        """Read what `save` wrote; `vectors` serve where ScaNN cannot. Returns self."""
+        directory = Path(directory)
+        state = json.loads((directory / _SETTINGS).read_text())
+        self.settings = state["settings"]
+        self._count, self._dimension = state["shape"]
+        if not (directory / _SEARCHER).is_dir():
+            return self._serve_exactly(vectors, f"{directory} was built without ScaNN")
+        pybind = _pybind()
+        if pybind is None:
+            return self._serve_exactly(vectors, "scann cannot be imported on this machine")
+        self._searcher = pybind.load_searcher(str(directory / _SEARCHER))
+        return self
