@@ -34,14 +34,17 @@ def register_almanac(
     Returns:
       Tasks by what they train:
         "closed_book" (split train): question and answer of edition 0;
-        "open_book" (train): K passages in ``passages`` with the question in front, relevance; no rows and scores;
-        "retriever" (train): ``query``, and the positive and a hard negative in ``passages``, title and text alone;
+        "open_book" (train): K passages in ``passages``, the question in front, and their relevance;
+        "retriever" (train): ``query``, and in ``passages`` the positive and a hard negative, title and text;
         "questions" (gate, validation, test_edition_1, test_edition_2): question and answer.
     """
     prepare(config, data_dir)
     tasks = {
         "closed_book": question_task(
-            f"{name}_closed_book", almanac_source(config, data_dir, "train_closed_book"), _record, vocabularies
+            f"{name}_closed_book",
+            almanac_source(config, data_dir, "train_closed_book"),
+            _record,
+            vocabularies,
         ),
         "open_book": _open_book(f"{name}_open_book", config, data_dir, vocabularies),
         "retriever": _retriever(f"{name}_retriever", config, data_dir, vocabularies),
@@ -78,7 +81,9 @@ def almanac_source(config: AlmanacConfig, data_dir: str | os.PathLike, *splits: 
     """The prepared world as a source; a split "train_..." is called "train"."""
     names = {"train" if split.startswith("train") else split: split for split in splits}
     # read_only: the data is there, so TFDS need not look for it on the network.
-    return seqio.TfdsDataSource(tfds_name(config), tfds_data_dir=os.fspath(data_dir), splits=names, read_only=True)
+    return seqio.TfdsDataSource(
+        tfds_name(config), tfds_data_dir=os.fspath(data_dir), splits=names, read_only=True
+    )
 
 
 def _record(example: Mapping[str, Any]) -> dict[str, tf.Tensor]:

@@ -1,7 +1,7 @@
 """Question-answering tasks: the user's JSON lines, and three open-domain sets of TFDS.
 
-Nothing is registered on import, because a task needs vocabularies (and, if it retrieves, an index) that are known
-only at run time. The functions here register a task and return it, so a gin file may bind
+Nothing is registered on import, because a task needs vocabularies (and, if it retrieves, an index) that are
+known only at run time. The functions here register a task and return it, so a gin file may bind
 
     Pipeline.mixture_or_task = @questions.register_questions()
 """
@@ -100,8 +100,8 @@ def _web_questions(example: Mapping[str, Any]) -> dict[str, tf.Tensor]:
 
 # name -> TFDS name, record of one example, default splits (task's name -> TFDS's)
 _OPEN_DOMAIN = {
-    # The usual open-domain splits hold the end of train out for validation (Roberts et al. 2020, section 3), because
-    # the published "validation" serves as the test set.
+    # The usual open-domain splits hold the end of train out for validation (Roberts et al. 2020, section 3),
+    # because the published "validation" serves as the test set.
     "natural_questions_open": (
         "natural_questions_open:1.0.0",
         _natural_questions_open,
@@ -130,7 +130,8 @@ def register_open_domain(
 ) -> seqio.Task:
     """Registers a task over ``natural_questions_open``, ``trivia_qa`` or ``web_questions`` of TFDS.
 
-    TFDS downloads and prepares the data on first use; ids are fingerprints of the question (its id in TriviaQA).
+    TFDS downloads and prepares the data on first use; ids are fingerprints of the question (its id in
+    TriviaQA).
 
     Args:
       dataset: one of the three names.

@@ -101,8 +101,8 @@ class BatchFeatureConverter(seqio.FeatureConverter):
 
         Args:
           pack: whether several examples share a row.
-          apply_length_check: SeqIO's check of every example's length; off because chunks are cut to length anyway,
-            and the check costs two passes over the data.
+          apply_length_check: SeqIO's check of every example's length; off because chunks are cut to length
+            anyway, and the check costs two passes over the data.
           **options: further options of ``seqio.FeatureConverter``.
         """
         if pack:
@@ -125,14 +125,18 @@ class BatchFeatureConverter(seqio.FeatureConverter):
                 lengths[name] = task_feature_lengths["inputs" if name.startswith("encoder") else "targets"]
         return lengths
 
-    def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
         """Chunks, converts each chunk at once, and unchunks."""
         ds = ds.map(lambda example: {name: example[name] for name in self.TASK_FEATURES})
         ds = ds.padded_batch(PACKING_CHUNK if self.pack else CHUNK)
         ds = ds.map(lambda chunk: self._convert_chunk(chunk, task_feature_lengths))
         return ds.unbatch()
 
-    def _convert_chunk(self, chunk: Mapping[str, tf.Tensor], lengths: Mapping[str, int]) -> dict[str, tf.Tensor]:
+    def _convert_chunk(
+        self, chunk: Mapping[str, tf.Tensor], lengths: Mapping[str, int]
+    ) -> dict[str, tf.Tensor]:
         """The fields of [n, ...] padded task features."""
         chunk = {k: fit(v, int(lengths[k])) if k in TOKEN_FEATURES else v for k, v in chunk.items()}
         if self.pack:
@@ -223,4 +227,4 @@ def converter_for(features: Mapping[str, seqio.Feature], pack: bool = False) -> 
             if pack and not {"inputs", "targets"} <= set(features):
                 break
             return converter(pack=pack)
-    raise ValueError(f"no feature converter of expertrag_jax takes the features {sorted(features)} (pack={pack})")
+    raise ValueError(f"no feature converter takes the features {sorted(features)} (pack={pack})")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import numpy as np
 import seqio
 import tensorflow as tf
 
 from expertrag_jax import evidence
 from expertrag_jax.data.bridge import numpy_map
 from expertrag_jax.data.preprocessors import Lengths, length_limit, tokenise
-from expertrag_jax.data.retrieval import without_eos
 from expertrag_jax.data.vocabularies import EOS
 from expertrag_jax.errors import UserError
 
@@ -47,13 +45,9 @@ class InlinePassages:
         passages = tf.reshape(tokens, [shape[0], shape[1], length])
         if self.with_question:
             passages = numpy_map(
-                lambda questions, passages: [_assemble(questions, passages, length)],
+                lambda questions, passages: [evidence.assemble_batch(questions, passages, length)],
                 [chunk["inputs"], passages],
                 [tf.TensorSpec([None, None, length], tf.int32)],
             )[0]
         kept = {k: v for k, v in chunk.items() if k not in ("titles", "texts")}
         return kept | {"passages": passages}
-
-
-def _assemble(questions: np.ndarray, passages: np.ndarray, length: int) -> np.ndarray:
-    return evidence.assemble_batch(without_eos(questions), passages, length)

@@ -1,7 +1,7 @@
 """Several pipelines in one training run, one homogeneous batch after the other.
 
-A batch is of one kind (closed book, open book, retriever ...), because kinds differ in shapes and modes; kinds
-alternate in a fixed period, so the position in every pipeline follows from the step number.
+A batch is of one kind (closed book, open book, retriever ...), because kinds differ in shapes and modes;
+kinds alternate in a fixed period, so the position in every pipeline follows from the step number.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Batches = Callable[[int], Iterator[Batch]]
 def schedule(weights: Sequence[int]) -> np.ndarray:
     """Which pipeline serves each step of a period, spread evenly.
 
-    The n-th batch of a pipeline with weight w has its due time at (n + 1/2) / w of the period; batches stand in the
-    order of due times, ties in the order of the pipelines.
+    The n-th batch of a pipeline with weight w has its due time at (n + 1/2) / w of the period; batches stand
+    in the order of due times, ties in the order of the pipelines.
 
     Args:
       weights: batches of each pipeline in a period, whole numbers.
@@ -52,8 +52,8 @@ class Interleave:
         wrong = [w for w in self.weights if w != int(w) or w < 1]
         if not self.pipelines or len(self.pipelines) != len(self.weights) or wrong:
             raise UserError(
-                f"interleaving {len(self.pipelines)} pipelines with weights {list(self.weights)}: give each pipeline "
-                "a whole number of batches per period, at least 1"
+                f"interleaving {len(self.pipelines)} pipelines with weights {list(self.weights)}: give each "
+                "pipeline a whole number of batches per period, at least 1"
             )
         self.weights = [int(w) for w in self.weights]
         self.period = schedule(self.weights)

@@ -1,4 +1,4 @@
-"""One order of examples: which examples stand in the batch of a step, as a function of seed and step alone."""
+"""One order of examples: what stands in the batch of a step, as a function of seed and step alone."""
 
 from __future__ import annotations
 

@@ -25,7 +25,9 @@ def lengths_of(tokens: np.ndarray) -> np.ndarray:
     return np.where(used.any(axis=1), tokens.shape[1] - np.argmax(used[:, ::-1], axis=1), 0)
 
 
-def assign_rows(lengths: np.ndarray, limits: np.ndarray, open_rows: int) -> tuple[np.ndarray, np.ndarray, int]:
+def assign_rows(
+    lengths: np.ndarray, limits: np.ndarray, open_rows: int
+) -> tuple[np.ndarray, np.ndarray, int]:
     """First fit over a window of open rows.
 
     Args:
@@ -59,7 +61,9 @@ def assign_rows(lengths: np.ndarray, limits: np.ndarray, open_rows: int) -> tupl
     return rows, segments, count
 
 
-def pack(features: Mapping[str, np.ndarray], limits: Mapping[str, int], open_rows: int = 16) -> dict[str, np.ndarray]:
+def pack(
+    features: Mapping[str, np.ndarray], limits: Mapping[str, int], open_rows: int = 16
+) -> dict[str, np.ndarray]:
     """Packs examples into rows.
 
     Args:

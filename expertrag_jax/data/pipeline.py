@@ -28,8 +28,8 @@ class Pipeline:
     """``pipeline(start_step)`` yields batches; the position in the data is the step number.
 
     One global order, fixed by the seed: the batch of step s holds positions s * batch_size up to
-    (s + 1) * batch_size, and process i of n gets its i-th contiguous slice. Starting at any step gives the same
-    batches as running up to it, on any number of processes.
+    (s + 1) * batch_size, and process i of n gets its i-th contiguous slice. Starting at any step gives the
+    same batches as running up to it, on any number of processes.
 
     Example:
       >>> pipeline = Pipeline("trivia_qa", {"inputs": 64, "targets": 16, "query": 64}, batch_size=32)
@@ -37,18 +37,21 @@ class Pipeline:
 
     Attributes:
       mixture_or_task: a registered name, a ``seqio.Task`` or a ``seqio.Mixture``.
-      task_feature_lengths: lengths of the token features ("inputs", "targets", "query", "passages": the length of
-        one passage). Features of the task that are no tokens need none; those the task lacks are ignored.
+      task_feature_lengths: lengths of the token features ("inputs", "targets", "query", "passages": the
+        length of one passage). Features of the task that are no tokens need none; those the task lacks are
+        ignored.
       batch_size: B of the global batch, over all processes.
       split: of the task.
       seed: of order, shuffling and the task's own randomness.
       shuffle: a new order in every pass; else the source's order.
-      repeat: endlessly; else one pass, whose last batch is filled with zero rows (example id -1, loss weight 0).
+      repeat: endlessly; else one pass, whose last batch is filled with zero rows (example id -1, loss weight
+        0).
       pack: several examples per row (``inputs`` and ``targets`` only).
-      feature_converter: a ``seqio.FeatureConverter`` giving Batch fields; None chooses by the task's features.
-      materialise: read the task once into memory as padded arrays and batch in numpy; preprocessing (retrieval
-        included) then happens once. False streams through tf.data: any size, shuffled within SeqIO's buffer, and
-        resuming replays the stream up to the step.
+      feature_converter: a ``seqio.FeatureConverter`` giving Batch fields; None chooses by the task's
+        features.
+      materialise: read the task once into memory as padded arrays and batch in numpy; preprocessing
+        (retrieval included) then happens once. False streams through tf.data: any size, shuffled within
+        SeqIO's buffer, and resuming replays the stream up to the step.
       use_cached: read SeqIO's offline cache of the task.
       process_index, process_count: None asks JAX.
     """
@@ -94,7 +97,8 @@ class Pipeline:
                 raise UserError(f"MIXTURE_OR_TASK_NAME: {str(error).splitlines()[0]}") from None
         if self.split not in provider.splits:
             raise UserError(
-                f"task {provider.name} has no split {self.split!r}: choose one of {', '.join(sorted(provider.splits))}"
+                f"task {provider.name} has no split {self.split!r}: "
+                f"choose one of {', '.join(sorted(provider.splits))}"
             )
         return provider
 
@@ -129,7 +133,9 @@ class Pipeline:
         lengths = {}
         for name in self.converter.TASK_FEATURES:
             if name in TOKEN_FEATURES and name not in self.task_feature_lengths:
-                raise UserError(f"task {self.provider.name} needs a length for {name!r}: set TASK_FEATURE_LENGTHS")
+                raise UserError(
+                    f"task {self.provider.name} needs a length for {name!r}: set TASK_FEATURE_LENGTHS"
+                )
             lengths[name] = int(self.task_feature_lengths.get(name, 1))
         return lengths
 
@@ -161,17 +167,17 @@ class Pipeline:
     @functools.cached_property
     def _arrays(self) -> list[Arrays]:
         """Per source, every row of one pass."""
-        return [
-            _read(self.dataset(task, shuffle=False, num_epochs=1, try_in_mem_cache=False), f"{task.name}/{self.split}")
-            for task in self._sources
-        ]
+        once = {"shuffle": False, "num_epochs": 1, "try_in_mem_cache": False}
+        return [_read(self.dataset(task, **once), f"{task.name}/{self.split}") for task in self._sources]
 
     def _materialised(self, start_step: int) -> Iterator[Arrays]:
         arrays = self._arrays
         orders = [Order(len(next(iter(a.values()))), self.seed, self.shuffle) for a in arrays]
         mixture = len(arrays) > 1
         if mixture and not self.repeat:
-            raise UserError(f"{self.provider.name} is a mixture, which has no end: evaluate its tasks one by one")
+            raise UserError(
+                f"{self.provider.name} is a mixture, which has no end: evaluate its tasks one by one"
+            )
         rates = tuple(self.provider.get_rate(task) for task in self._sources) if mixture else ()
         mixed = Mixed(tuple(orders), rates, self.seed)
         steps = itertools.count(start_step) if self.repeat else range(start_step, self.steps_per_pass)

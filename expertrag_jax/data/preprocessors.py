@@ -2,9 +2,10 @@
 
 An example on its way through a question task:
 
-  normalised  ``id`` int64, ``question`` and ``answers`` strings (answers joined by ``SEPARATOR``), ``gold`` string
-              (ids of passages known to support the answer, joined), ``retrieval_needed`` float32 (NaN unknown)
-  in chunks   the same with a leading axis [n]: tokenisation, retrieval and assembly see many questions at once
+  normalised  ``id`` int64, ``question`` and ``answers`` strings (answers joined by ``SEPARATOR``), ``gold``
+              string (ids of passages known to support the answer, joined), ``retrieval_needed`` float32
+              (NaN unknown)
+  in chunks   the same with a leading axis [n]: tokenisation, retrieval and assembly see many questions
   tokenised   ``inputs`` [n, L] (question, EOS), ``query`` [n, Lq] (the same in the retriever's vocabulary),
               ``targets`` [n, T] (first answer, EOS); int32, 0-padded
   with evidence (``expertrag_jax.data.retrieval``), then back to single examples
@@ -36,7 +37,7 @@ def in_chunks(ds: tf.data.Dataset, size: int = CHUNK) -> tf.data.Dataset:
 
 
 def single_examples(ds: tf.data.Dataset) -> tf.data.Dataset:
-    """Undoes ``in_chunks``. Token features keep the padding of their chunk, which converters and packing ignore."""
+    """Undoes ``in_chunks``. Token features keep their chunk's padding; converters and packing ignore it."""
     return ds.unbatch()
 
 
@@ -67,33 +68,34 @@ def tokenise(vocabulary: seqio.Vocabulary, strings: tf.Tensor) -> tf.RaggedTenso
     return tf.cast(vocabulary.encode_tf(strings), tf.int32)
 
 
-def check_questions(tokens: tf.Tensor, limit: int | None, ids: tf.Tensor, questions: tf.Tensor, what: str) -> tf.Tensor:
+def check_questions(chunk: Mapping[str, tf.Tensor], limits: Mapping[str, int | None]) -> dict[str, tf.Tensor]:
     """The question is never cut: refuses one that does not fit.
 
     Args:
-      tokens: [n, L] int32, 0-padded.
-      limit: most tokens a question may have, EOS included; None to accept all.
-      ids: [n] int64.
-      questions: [n] string.
-      what: name of the feature, for the message.
+      chunk: ``id`` [n], ``question`` [n], and the features that ``limits`` names, [n, L] int32, 0-padded.
+      limits: feature -> most tokens of a question, EOS included; None to accept all.
 
     Returns:
-      ``tokens``; iterating raises UserError (through ``bridge.user_errors``) naming the first example too long.
+      Those features; iterating raises UserError (through ``bridge.user_errors``) naming the first example too
+      long.
     """
-    if limit is None:
-        return tokens
+    names = list(limits)
 
-    def check(tokens: np.ndarray, ids: np.ndarray, questions: np.ndarray) -> list[np.ndarray]:
-        lengths = np.count_nonzero(tokens, axis=1)
-        if (lengths > limit).any():
-            worst = int(np.argmax(lengths > limit))
-            raise UserError(
-                f"the question of example {ids[worst]} has {lengths[worst]} tokens, but {what} holds {limit}: "
-                f"raise TASK_FEATURE_LENGTHS[{what!r}] or shorten it ({texts(questions[worst : worst + 1])[0][:120]!r})"
-            )
-        return [tokens]
+    def check(ids: np.ndarray, questions: np.ndarray, *features: np.ndarray) -> list[np.ndarray]:
+        for name, tokens in zip(names, features):
+            lengths = np.count_nonzero(tokens, axis=1)
+            too_long = lengths > (lengths if limits[name] is None else limits[name])
+            if too_long.any():
+                first = int(np.argmax(too_long))
+                raise UserError(
+                    f"the question of example {ids[first]} has {lengths[first]} tokens, but {name} holds "
+                    f"{limits[name]}: raise TASK_FEATURE_LENGTHS[{name!r}] or shorten it "
+                    f"({texts(questions[first : first + 1])[0][:120]!r})"
+                )
+        return list(features)
 
-    return numpy_map(check, [tokens, ids, questions], [tf.TensorSpec([None, None], tf.int32)])[0]
+    arguments = [chunk[name] for name in ("id", "question", *names)]
+    return dict(zip(names, numpy_map(check, arguments, [tf.TensorSpec([None, None], tf.int32)] * len(names))))
 
 
 @dataclasses.dataclass
@@ -121,9 +123,7 @@ class TokeniseQuestions:
             out["query"] = out["inputs"]
         else:
             out["query"] = with_eos(tokenise(self.vocabularies.retriever, chunk["question"]))
-        for name in ("inputs", "query"):
-            limit = length_limit(self.sequence_length, name)
-            out[name] = check_questions(out[name], limit, chunk["id"], chunk["question"], name)
+        out |= check_questions(out, {k: length_limit(self.sequence_length, k) for k in ("inputs", "query")})
         if self.targets:
             first = tf.strings.split(chunk["answers"], SEPARATOR)[:, :1].to_tensor(shape=[None, 1])[:, 0]
             limit = length_limit(self.sequence_length, "targets")

@@ -58,7 +58,7 @@ def question_task(
     mode: str = "closed_book",
     retriever: Any = None,
     num_passages: int = 4,
-    policy: Policy = Always(),
+    policy: Policy | None = None,
     p_ret: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> seqio.Task:
     """A task over a source of questions; not registered, see ``register``.
@@ -68,11 +68,11 @@ def question_task(
       source: where the records come from.
       to_record: one source record -> ``preprocessors.record(...)``.
       vocabularies: of reader and retriever.
-      mode: "closed_book": question and answer; "decided": ``policy`` decides per example whether evidence joins
-        ``inputs``; "both_arms": ``num_passages`` passages beside every question.
+      mode: "closed_book": question and answer; "decided": ``policy`` decides per example whether evidence
+        joins ``inputs``; "both_arms": ``num_passages`` passages beside every question.
       retriever: see ``retrieval.Retrieve``; needed for every mode but "closed_book".
       num_passages: K.
-      policy: see ``retrieval.Retrieve``.
+      policy: see ``retrieval.Retrieve``; None is ``Always()``.
       p_ret: see ``retrieval.Retrieve``.
 
     Raises:
@@ -89,7 +89,7 @@ def question_task(
     if mode != "closed_book":
         if retriever is None:
             raise UserError(f"task {name} retrieves (mode {mode!r}) but has no retriever: set INDEX_DIR")
-        steps.append(Retrieve(retriever, num_passages, mode, policy, p_ret))
+        steps.append(Retrieve(retriever, num_passages, mode, policy or Always(), p_ret))
     steps.append(preprocessors.single_examples)
     return seqio.Task(name, source, output_features(mode, vocabularies), steps)
 

@@ -1,8 +1,9 @@
 """Retrieval and the gate's decision inside a SeqIO task.
 
 ``Retrieve`` asks the index for a chunk of questions at a time. In *decided* mode the policy speaks first
-where it can (``never`` costs no search at all), the index answers for the rows that retrieve, and their evidence
-joins the question in ``inputs``. In *both arms* mode every row gets its passages and the model decides later.
+where it can (``never`` costs no search at all), the index answers for the rows that retrieve, and their
+evidence joins the question in ``inputs``. In *both arms* mode every row gets its passages and the model
+decides later.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ class Retrieve:
     """Tokenised chunks gain evidence.
 
     Attributes:
-      retriever: an ``expertrag_jax.retrieval.retriever.Retriever`` (with a cache, if it shall keep results) over an
-        index that stores passage tokens.
+      retriever: an ``expertrag_jax.retrieval.retriever.Retriever`` (with a cache, if it shall keep results)
+        over an index that stores passage tokens.
       num_passages: K.
       mode: "decided" or "both_arms".
       policy: who decides, in decided mode.
       p_ret: question tokens [n, L] -> [n] float32, the gate's probability, for policies that need it.
-      sequence_length: SeqIO's lengths, filled in by the task: ``inputs`` holds question and evidence in decided
-        mode, ``passages`` one reader input in both-arms mode.
+      sequence_length: SeqIO's lengths, filled in by the task: ``inputs`` holds question and evidence in
+        decided mode, ``passages`` one reader input in both-arms mode.
     """
 
     retriever: Any
@@ -76,7 +77,7 @@ class Retrieve:
             retrieve, found = self.decide(ids, needed, texts(questions), inputs, query)
             rows = [inputs[row][inputs[row] != 0] for row in range(len(ids))]
             for row, passages in found.items():
-                rows[row] = evidence.concatenate(rows[row][:-1].tolist(), passages, length)
+                rows[row] = evidence.concatenate(rows[row], passages, length)
             width = max(np.count_nonzero(row) for row in rows)
             padded = np.zeros((len(rows), width), np.int32)
             for row, tokens in enumerate(rows):
@@ -117,7 +118,8 @@ class Retrieve:
         else:
             passage_tokens = found.passage_tokens[chosen]
         return retrieve, {
-            int(row): [split_passage(p) for p in passages if p.any()] for row, passages in zip(chosen, passage_tokens)
+            int(row): [split_passage(p) for p in passages if p.any()]
+            for row, passages in zip(chosen, passage_tokens)
         }
 
     def _both_arms(self, chunk: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -125,7 +127,7 @@ class Retrieve:
 
         def call(questions, inputs, query, gold):
             found = self._search(texts(questions), query)
-            tokens = evidence.assemble_batch(without_eos(inputs), found.passage_tokens, length)
+            tokens = evidence.assemble_batch(inputs, found.passage_tokens, length)
             return [tokens, found.rows, found.scores, self.relevance(found.rows, texts(gold))]
 
         specs = [tf.TensorSpec([None, k, length], tf.int32)]
@@ -151,14 +153,6 @@ class Retrieve:
                 ids = self.retriever.loaded.passages.ids
                 result[i] = [row >= 0 and ids[row] in known for row in rows[i]]
         return result
-
-
-def without_eos(question_tokens: np.ndarray) -> np.ndarray:
-    """[n, L] questions that end in EOS -> the same without it, 0-padded."""
-    out = np.array(question_tokens)
-    last = np.count_nonzero(out, axis=1) - 1
-    out[np.arange(len(out)), last] = 0
-    return out
 
 
 def split_passage(tokens: np.ndarray) -> tuple[list[int], list[int]]:

@@ -38,8 +38,8 @@ def seqio_vocabulary(vocabulary: Any) -> seqio.Vocabulary:
     loaded = seqio.SentencePieceVocabulary(path)
     if (loaded.tokenizer.pad_id(), loaded.eos_id) != (PAD, EOS):
         raise UserError(
-            f"the vocabulary {path} has pad id {loaded.tokenizer.pad_id()} and EOS id {loaded.eos_id}, but 0 and 1 "
-            "are needed; train it with pad_id=0, eos_id=1, unk_id=2"
+            f"the vocabulary {path} has pad id {loaded.tokenizer.pad_id()} and EOS id {loaded.eos_id}, but 0 "
+            "and 1 are needed; train it with pad_id=0, eos_id=1, unk_id=2"
         )
     return loaded
 

@@ -21,7 +21,7 @@ def random_examples(rng, count, limits):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_one_open_row_equals_seqio(seed):
     limits = {"inputs": 24, "targets": 10}
-    features = random_examples(np.random.default_rng(seed), 24, limits)  # SeqIO flushes after max(limits) examples
+    features = random_examples(np.random.default_rng(seed), 24, limits)  # SeqIO flushes after 24
     ds = tf.data.Dataset.from_tensor_slices(features)
     expected = list(seqio.utils.trim_and_pack_dataset(ds, limits).as_numpy_iterator())
     packed = pack(features, limits, open_rows=1)

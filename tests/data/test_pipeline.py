@@ -1,0 +1,216 @@
+"""Pipelines: contents against a plain-Python reading of the records, order, resuming, errors."""
+
+import itertools
+
+import numpy as np
+import pytest
+import seqio
+
+from expertrag_jax import evidence
+from expertrag_jax.data.pipeline import Pipeline
+from expertrag_jax.data.question_tasks import register
+from expertrag_jax.errors import UserError
+from expertrag_jax.gate import policy
+
+LENGTHS = {"inputs": 24, "targets": 8, "query": 24}
+FIELDS = ("example_ids", "encoder_input_tokens", "decoder_target_tokens", "decoder_input_tokens")
+
+
+def make(task, batch_size=8, lengths=LENGTHS, **options):
+    options = {"process_index": 0, "process_count": 1} | options
+    return Pipeline(task, lengths, batch_size, **options)
+
+
+def padded(ids, length):
+    return np.array([*ids, *[0] * (length - len(ids))][:length], np.int32)
+
+
+def assert_same(batch, other):
+    for field, value in vars(batch).items():
+        if value is None:
+            assert getattr(other, field) is None, field
+        else:
+            np.testing.assert_array_equal(value, getattr(other, field), err_msg=field)
+
+
+@pytest.mark.parametrize("materialise", [True, False])
+def test_closed_book_batches_hold_the_records(questions, vocabulary, materialise):
+    pipeline = make(questions.task(), repeat=False, shuffle=False, materialise=materialise)
+    batches = list(pipeline(0))
+    assert len(batches) == 5 and all(batch.size == 8 for batch in batches)
+    for place, example in enumerate(questions.records):
+        batch, row = batches[place // 8], place % 8
+        question = vocabulary.encode(example["question"])
+        answer = vocabulary.encode(example["answers"][0])[:7]
+        assert batch.example_ids[row] == example["id"]
+        np.testing.assert_array_equal(batch.encoder_input_tokens[row], padded([*question, 1], 24))
+        np.testing.assert_array_equal(batch.query_tokens[row], padded([*question, 1], 24))
+        np.testing.assert_array_equal(batch.decoder_target_tokens[row], padded([*answer, 1], 8))
+        np.testing.assert_array_equal(batch.decoder_input_tokens[row], padded([0, *answer, 1], 8))
+        np.testing.assert_array_equal(batch.decoder_loss_weights[row], padded([1] * (len(answer) + 1), 8))
+    assert batches[-1].example_ids[5:].tolist() == [-1] * 3
+    assert not batches[-1].decoder_loss_weights[5:].any() and not batches[-1].encoder_input_tokens[5:].any()
+    assert batches[0].passage_tokens is None and batches[0].retrieve is None
+
+
+@pytest.mark.parametrize("materialise", [True, False])
+def test_resuming_gives_the_same_batches(questions, materialise):
+    through = list(itertools.islice(make(questions.task(), seed=3, materialise=materialise)(0), 14))
+    for start in (1, 5, 9):
+        resumed = make(questions.task(), seed=3, materialise=materialise)(start)
+        for expected in through[start:]:
+            assert_same(next(resumed), expected)
+    other = next(make(questions.task(), seed=4, materialise=materialise)(0))
+    assert (other.example_ids != through[0].example_ids).any()
+    seen = np.concatenate([batch.example_ids for batch in through])
+    if materialise:
+        assert sorted(seen[:37]) == sorted(seen[37:74]) == [r["id"] for r in questions.records]
+    else:
+        assert set(seen) == {r["id"] for r in questions.records}
+
+
+@pytest.mark.parametrize("materialise", [True, False])
+def test_processes_hold_slices_of_the_global_batch(questions, materialise):
+    whole = next(make(questions.task(), materialise=materialise)(2))
+    parts = [
+        next(make(questions.task(), materialise=materialise, process_index=i, process_count=4)(2))
+        for i in range(4)
+    ]
+    for field in FIELDS:
+        joined = np.concatenate([getattr(part, field) for part in parts])
+        np.testing.assert_array_equal(joined, getattr(whole, field))
+    with pytest.raises(UserError, match="not a multiple of the 3 processes"):
+        next(make(questions.task(), process_index=0, process_count=3)(0))
+
+
+def test_both_arms_have_passages_for_every_row(questions, retriever, vocabulary):
+    task = questions.task("both_arms", retriever=retriever, num_passages=3)
+    pipeline = make(task, lengths=LENGTHS | {"passages": 32}, repeat=False, shuffle=False)
+    batches = list(pipeline(0))
+    for place, example in enumerate(questions.records):
+        batch, row = batches[place // 8], place % 8
+        rows = retriever.rows(example["question"], 3)
+        assert batch.passage_rows[row].tolist() == rows
+        question = vocabulary.encode(example["question"])
+        np.testing.assert_array_equal(batch.encoder_input_tokens[row], padded([*question, 1], 24))
+        for k, passage in enumerate(rows):
+            tokens = retriever.tokens[passage].tolist()
+            cut = tokens.index(1)
+            text = [t for t in tokens[cut + 1 :] if t]
+            expected = evidence.assemble(question, tokens[:cut], text, 32)
+            np.testing.assert_array_equal(batch.passage_tokens[row, k], expected)
+        known = [float(f"p{r}" in example["gold"]) for r in rows] if example["gold"] else [np.nan] * 3
+        np.testing.assert_array_equal(batch.passage_relevance[row], known)
+        np.testing.assert_array_equal(batch.retrieval_needed[row], example["needed"])
+        np.testing.assert_allclose(batch.passage_scores[row, 0], len(example["question"]) / 10, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        policy.Always(),
+        policy.Never(),
+        policy.Random(rate=0.4),
+        policy.Oracle(when_unknown=False),
+        policy.Threshold(threshold=3.0),
+        policy.Learned(threshold=0.5),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+def test_decided_mode_concatenates_where_the_policy_retrieves(questions, retriever, vocabulary, chosen):
+    records = questions.records
+    p_ret = {tuple(vocabulary.encode(r["question"])): (i % 4) / 3 for i, r in enumerate(records)}
+
+    def gate(tokens):
+        return np.array([p_ret[tuple(row[row != 0][:-1])] for row in tokens], np.float32)
+
+    task = questions.task("decided", retriever=retriever, num_passages=2, policy=chosen, p_ret=gate)
+    batches = list(make(task, lengths=LENGTHS | {"inputs": 48}, repeat=False, shuffle=False)(0))
+    retrieve = chosen.decide(
+        policy.PolicyInputs(
+            example_ids=np.array([r["id"] for r in records]),
+            p_ret=np.array([p_ret[tuple(vocabulary.encode(r["question"]))] for r in records]),
+            passage_scores=np.array([[len(r["question"]) / 10] for r in records]),
+            retrieval_needed=np.array([r["needed"] for r in records]),
+        )
+    )
+    if not isinstance(chosen, (policy.Always, policy.Never)):
+        assert 0 < retrieve.sum() < len(records)
+    for place, example in enumerate(records):
+        batch, row = batches[place // 8], place % 8
+        assert batch.retrieve[row] == retrieve[place]
+        tokens = [*vocabulary.encode(example["question"]), 1]
+        if retrieve[place]:
+            for passage in retriever.rows(example["question"], 2):
+                tokens += [*(t for t in retriever.tokens[passage].tolist() if t), 1]
+            if len(tokens) > 48:
+                tokens = [*tokens[:47], 1]
+        np.testing.assert_array_equal(batch.encoder_input_tokens[row], padded(tokens, 48))
+        assert batch.passage_tokens is None
+    # A skipped question costs no search.
+    searched = [text for call in retriever.calls for text in call]
+    paid = retrieve if "passage_scores" not in chosen.needs else np.ones(len(records), bool)
+    assert searched == [r["question"] for r, p in zip(records, paid) if p]
+
+
+def test_packing_makes_a_skip_save_rows(questions, retriever):
+    rows = {}
+    for rate in (0.0, 0.5, 1.0):
+        task = questions.task("decided", retriever=retriever, num_passages=1, policy=policy.Random(rate))
+        pipeline = make(task, 4, {"inputs": 96, "targets": 96}, pack=True, repeat=False)
+        rows[rate] = pipeline.num_examples
+        batch = next(pipeline(0))
+        segments = batch.encoder_segment_ids
+        assert (batch.encoder_input_tokens[segments > 0] != 0).all() and segments.max() > 1
+        starts = batch.decoder_positions == 0
+        assert (batch.decoder_input_tokens[starts] == 0).all()
+        inside = (batch.decoder_segment_ids > 0) & ~starts
+        rowwise = np.roll(batch.decoder_target_tokens, 1, axis=1)
+        np.testing.assert_array_equal(batch.decoder_input_tokens[inside], rowwise[inside])
+        assert batch.example_ids is None and batch.retrieve is None
+    assert rows[0.0] < rows[0.5] < rows[1.0]
+
+
+def test_a_mixture_draws_by_rate(questions):
+    for name, first in (("mixed_a", 0), ("mixed_b", 1000)):
+        records = [r | {"id": first + i} for i, r in enumerate(questions.records)]
+        register(questions.task(name=name, records=records))
+    mixture = seqio.Mixture("mixed", [("mixed_a", 3), ("mixed_b", 1)])
+    pipeline = make(mixture, batch_size=64)
+    ids = np.concatenate([batch.example_ids for batch in itertools.islice(pipeline(0), 16)])
+    assert (ids < 1000).sum() == 768
+    assert_same(next(make(mixture, batch_size=64)(7)), next(itertools.islice(pipeline(0), 7, None)))
+
+
+def test_errors_name_what_is_wrong(questions, retriever):
+    with pytest.raises(UserError, match="MIXTURE_OR_TASK_NAME.*no_such_task"):
+        next(make("no_such_task")(0))
+    with pytest.raises(UserError, match="no split 'validation'.*train"):
+        next(make(questions.task(), split="validation")(0))
+    with pytest.raises(UserError, match="length for 'targets'"):
+        next(make(questions.task(), lengths={"inputs": 24, "query": 24})(0))
+    with pytest.raises(UserError, match="has no retriever"):
+        questions.task("decided")
+    long = [
+        r | {"question": "what is the " + "red " * 40} if r["id"] == 117 else r for r in questions.records
+    ]
+    for materialise in (True, False):
+        with pytest.raises(UserError, match=r"question of example 117 has \d+ tokens, but inputs holds 24"):
+            list(make(questions.task(records=long), repeat=False, materialise=materialise)(0))
+    mode = {"retriever": retriever, "policy": policy.Learned()}
+    with pytest.raises(UserError, match="Learned needs p_ret"):
+        next(make(questions.task("decided", **mode))(0))
+
+
+def test_stock_seqio_converters_work_too(questions):
+    pipeline = make(
+        questions.task(),
+        lengths={"inputs": 24, "targets": 8},
+        feature_converter=seqio.EncDecFeatureConverter(pack=False),
+        repeat=False,
+        shuffle=False,
+    )
+    ours = make(questions.task(), repeat=False, shuffle=False)
+    for batch, expected in zip(pipeline(0), ours(0), strict=True):
+        np.testing.assert_array_equal(batch.encoder_input_tokens, expected.encoder_input_tokens)
+        np.testing.assert_array_equal(batch.decoder_input_tokens, expected.decoder_input_tokens)

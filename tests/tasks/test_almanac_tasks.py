@@ -1,0 +1,100 @@
+"""Tasks over a small almanac: batches against the generator's own records."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from expertrag_jax import evidence
+from expertrag_jax.data.pipeline import Pipeline
+from expertrag_jax.data.vocabularies import Vocabularies
+from expertrag_jax.vocabulary import train_vocabulary
+from tasks.almanac import AlmanacConfig, World
+from tasks.almanac.examples import SPLITS
+from tasks.almanac_tasks import register_almanac
+
+CONFIG = AlmanacConfig(
+    num_entities=150,
+    num_asked_facts=600,
+    num_training_questions=900,
+    tail_ranks=150,
+    gate_facts=60,
+    validation_facts=40,
+    test_questions=120,
+    num_open_book_examples=40,
+    num_retriever_examples=40,
+)
+LENGTHS = {"inputs": 40, "targets": 12, "query": 40}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(world, tmp_path_factory):
+    questions = [e["question"] for e in itertools.islice(SPLITS["train_closed_book"](world), 300)]
+    path = tmp_path_factory.mktemp("vocabulary") / "reader.model"
+    return train_vocabulary([*questions, *world.passages(0).texts], 600, path)
+
+
+@pytest.fixture(scope="module")
+def tasks(vocabulary, tmp_path_factory):
+    return register_almanac(CONFIG, tmp_path_factory.mktemp("tfds"), Vocabularies(vocabulary))
+
+
+def rows_with_records(task, world, source_split, split="train", lengths=LENGTHS):
+    """(batch, row, record) of every example, in order."""
+    pipeline = Pipeline(
+        task, lengths, 16, split=split, repeat=False, shuffle=False, process_index=0, process_count=1
+    )
+    batches = list(pipeline(0))
+    records = list(SPLITS[source_split](world))
+    assert pipeline.num_examples == len(records)
+    for place, record in enumerate(records):
+        assert batches[place // 16].example_ids[place % 16] == record["id"]
+        yield batches[place // 16], place % 16, record
+
+
+@pytest.mark.parametrize(
+    "kind, source, split",
+    [
+        ("closed_book", "train_closed_book", "train"),
+        ("questions", "gate", "gate"),
+        ("questions", "test_edition_2", "test_edition_2"),
+    ],
+)
+def test_questions_and_answers(tasks, world, vocabulary, kind, source, split):
+    for batch, row, record in rows_with_records(tasks[kind], world, source, split):
+        assert vocabulary.decode(batch.encoder_input_tokens[row]) == record["question"]
+        assert vocabulary.decode(batch.decoder_target_tokens[row]) == record["answers"][0]
+        assert batch.passage_tokens is None
+
+
+def test_open_book(tasks, world, vocabulary):
+    lengths = LENGTHS | {"passages": 128}
+    for batch, row, record in rows_with_records(
+        tasks["open_book"], world, "train_open_book", lengths=lengths
+    ):
+        question = vocabulary.encode(record["question"])
+        assert batch.passage_tokens.shape[1:] == (4, 128)
+        for k, passage in enumerate(record["passages"]):
+            title, text = vocabulary.encode(passage["title"]), vocabulary.encode(passage["text"])
+            expected = evidence.assemble(question, title, text, 128)
+            np.testing.assert_array_equal(batch.passage_tokens[row, k], expected)
+            assert batch.passage_relevance[row, k] == passage["relevance"]
+        assert vocabulary.decode(batch.decoder_target_tokens[row]) == record["answers"][0]
+
+
+def test_retriever(tasks, world, vocabulary):
+    lengths = {"query": 40, "passages": 64}
+    for batch, row, record in rows_with_records(
+        tasks["retriever"], world, "train_retriever", lengths=lengths
+    ):
+        assert vocabulary.decode(batch.query_tokens[row]) == record["question"]
+        assert batch.passage_tokens.shape[1:] == (2, 64) and batch.encoder_input_tokens is None
+        for k, passage in enumerate(record["passages"]):
+            tokens = [*vocabulary.encode(passage["title"]), 1, *vocabulary.encode(passage["text"])][:64]
+            np.testing.assert_array_equal(batch.passage_tokens[row, k], tokens + [0] * (64 - len(tokens)))
+        assert batch.passage_relevance[row].tolist() == [1, 0]
