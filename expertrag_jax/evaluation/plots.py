@@ -92,17 +92,19 @@ def reliability(edition: dict[str, Any]) -> bytes:
 
 
 def expert_load(load: dict[str, list[float]]) -> bytes:
-    """Share of each sparse layer's tokens that its experts got; rows are layers, white is the even share."""
+    """Share of each sparse layer's tokens that its experts got; rows are layers.
+
+    White is the even share; the colours end at nothing and at twice the even share, the same for every run.
+    """
     names = list(load)
     table = np.array([load[name] for name in names])
     even = 1 / table.shape[1]
-    spread = max(float(np.abs(table - even).max()), even / 2)
     height = 1.3 + 0.42 * len(names)
     figure = Figure(figsize=(_SIZE[0], max(2.2, height)), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(table, cmap="BrBG", vmin=even - spread, vmax=even + spread, aspect="auto")
+    axes.imshow(table, cmap="BrBG", vmin=0, vmax=2 * even, aspect="auto")
     for row, column in np.ndindex(*table.shape):
-        dark = abs(table[row, column] - even) > 0.6 * spread
+        dark = abs(table[row, column] - even) > 0.6 * even
         text = f"{100 * table[row, column]:.0f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=9.5, color="white" if dark else _INK)
     axes.set_xticks(range(table.shape[1]), [str(expert) for expert in range(table.shape[1])], fontsize=10)
