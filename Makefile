@@ -1,0 +1,29 @@
+# Every target sets up .venv first and skips what is there. Set-up uses the package index; nothing after it uses a network.
+
+BIN := .venv/bin
+SETUP := .venv/.complete
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: $(SETUP) ## the almanac: from nothing to a trained, gated, evaluated and exported ExpertRAG (10 minutes)
+	$(BIN)/expertrag demo --gin_file=runs/almanac.gin
+
+test: $(SETUP) ## unit tests, then the end-to-end ones (EXPERTRAG_DATA=folder adds those on real text)
+	$(PYTEST) tests --ignore=tests/end_to_end
+	if [ -d tests/end_to_end ]; then $(PYTEST) tests/end_to_end; fi
+
+lint: $(SETUP) ## ruff
+	$(BIN)/ruff check .
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(SETUP): setup.py constraints.txt .ci/setup
+	@.ci/setup
+	@touch $@
