@@ -1,0 +1,167 @@
+"""Runs one job from the command line: flags, processes, gin files, then the job's function.
+
+A job is a module with a function of the same name, ``expertrag_jax.train`` with ``train``, or with another
+that is named after a colon, ``expertrag_jax.index:build_index``. ``expertrag train ...`` comes here, and so
+does ``python -m expertrag_jax.train ...``, for the module ends with::
+
+    if __name__ == "__main__":
+        launch.run("expertrag_jax.train")
+
+Its flags are described in `job_flags`. Exit codes: 0 done; 2 bad input (``error: <sentence>`` on standard
+error, a traceback only with ``--debug``); 130 interrupted; 1 a defect of the program, with its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import gin
+
+from expertrag_jax import gin_errors, gin_files, job_flags
+from expertrag_jax.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def run(job_name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Runs a job and exits the process where it did not succeed.
+
+    Args:
+      job_name: ``package.module`` or ``package.module:function``.
+      argv: arguments without the program's name; None takes those of the process.
+      prog: how the user called it, for the help text.
+
+    Raises:
+      SystemExit: with the code that the module docstring lists, unless the job succeeded.
+    """
+    code = execute(job_name, sys.argv[1:] if argv is None else argv, prog)
+    if code:
+        raise SystemExit(code)
+
+
+def execute(job_name: str, argv: Sequence[str], prog: str | None = None) -> int:
+    """Runs a job and returns the exit code; ``error: ...`` goes to standard error."""
+    debug = any(argument in ("--debug", "--debug=true") for argument in argv)
+    try:
+        return _execute(job_name, argv, prog or f"python -m {job_name.partition(':')[0]}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"error: {sentence}", file=sys.stderr)
+        return USER_ERROR
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence for an error that the user can mend; None for a defect of the program."""
+    unbound = gin_errors.unbound_parameters(error)
+    text = " ".join(gin_errors.message(unbound or error).split())
+    if unbound or isinstance(error, UserError):
+        return text
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package not in ("expertrag_jax", "tasks"):
+        return f"this needs the package {package}, which is not installed here."
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
+        return text.partition("] ")[2] or text  # without "[Errno 2]"
+    return None
+
+
+def _execute(job_name: str, argv: Sequence[str], prog: str) -> int:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # a job may load TensorFlow, whose C++ log is no news
+    job, function = load(job_name)
+    parser = job_flags.make_parser(prog, job, function)
+    try:
+        options = job_flags.parse(parser, argv)
+    except SystemExit as stop:  # argparse has printed the help
+        return int(stop.code or 0)
+    log_to_stderr()
+    if not options.dry_run:
+        start_processes(options)
+    configure(job, function, options)
+    if options.dry_run:
+        print(gin_files.describe(function))
+        return 0
+    set_data_folders(options)
+    gin.get_configurable(function)()
+    return 0
+
+
+def load(job_name: str) -> tuple[ModuleType, Callable[..., Any]]:
+    """The job's module and function.
+
+    The function also becomes an attribute of ``__main__``, so that T5X's way to bind it, ``import __main__ as
+    train_script``, means the same function whichever way the job was started.
+    """
+    module_name, _, function_name = job_name.partition(":")
+    job = importlib.import_module(module_name)
+    function = getattr(job, function_name or module_name.rpartition(".")[2])
+    setattr(sys.modules["__main__"], function.__name__, function)
+    return job, function
+
+
+def configure(job: ModuleType, function: Callable[..., Any], options: argparse.Namespace) -> None:
+    """Parses gin files, ``--gin.X=V`` and the job's flags, in this order; checks that nothing is missing."""
+    selector = gin_files.register(function)
+    bindings = [*options.gin_bindings, *job_flags.bindings(job, selector, options)]
+    gin_files.parse(options.gin_file, bindings, options.gin_search_paths)
+    gin_files.check_required(function, job_flags.flags_by_keyword(job))
+
+
+def start_processes(options: argparse.Namespace) -> None:
+    """Joins the other processes of this job when the flags ask for it; must precede any use of a device.
+
+    Raises:
+      UserError: only some of the three flags are given.
+    """
+    address, count, index = options.coordinator_address, options.process_count, options.process_index
+    if (address, count, index) == (None, None, None):
+        return
+    import jax
+
+    if address == "auto":
+        jax.distributed.initialize(num_processes=count, process_id=index)
+        return
+    if None in (address, count, index):
+        raise UserError(
+            "--coordinator_address, --process_count and --process_index belong together: give all three, or "
+            "--coordinator_address=auto under Slurm, Open MPI or on a TPU pod."
+        )
+    if not 0 <= index < count:
+        raise UserError(
+            f"--process_index={index} is not one of the {count} processes, which are 0 to {count - 1}."
+        )
+    jax.distributed.initialize(address, count, index)
+
+
+def set_data_folders(options: argparse.Namespace) -> None:
+    """Hands TFDS's folder and SeqIO's caches on, where the flags name any; only then is SeqIO loaded."""
+    if not (options.tfds_data_dir or options.seqio_additional_cache_dirs):
+        return
+    import seqio
+
+    if options.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(options.tfds_data_dir)
+    seqio.add_global_cache_dirs(options.seqio_additional_cache_dirs)
+
+
+def log_to_stderr() -> None:
+    """Our log from INFO on, that of libraries from WARNING on, on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    # gin reports each folder that lacks an included file as an error, though the next folder may hold it.
+    handler.addFilter(lambda record: record.module != "resource_reader")
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("expertrag_jax").setLevel(logging.INFO)
