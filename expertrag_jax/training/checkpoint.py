@@ -94,6 +94,7 @@ def check_same(stored: Any, wanted: Any, where: str) -> None:
     """
     stored, wanted = _shapes(stored), _shapes(wanted)
     names = [n for n in dict.fromkeys([*wanted, *stored]) if stored.get(n) != wanted.get(n)]
+    names.sort(key=lambda name: name.startswith("optimizer_state/"))  # parameters say more
     if not names:
         return
     told = "; ".join(

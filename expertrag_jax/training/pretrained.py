@@ -59,7 +59,8 @@ def restore_parameters(path: str | Path, abstract_params: Any) -> Any:
     """Parameters from a MODEL_DIR (newest step), a ``checkpoints/<step>`` or an exported parameter directory.
 
     Args:
-      abstract_params: tree of ShapeDtypeStructs (``Layout.abstract_params``); shardings place the arrays.
+      abstract_params: tree of ShapeDtypeStructs (``Layout.abstract_params``); their shardings place the
+        arrays, on the first device where there is none.
     Raises:
       UserError: no checkpoint there, or parameters of other names or shapes.
     """
@@ -131,8 +132,10 @@ def _stored(directory: Path) -> tuple[Any, bool]:
 
 def _load(directory: Path, wanted: Any, inside: bool) -> Any:
     """Reads ``wanted`` (a part of what is stored), placed by its shardings."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # for shapes that name no place
     wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), wanted
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here),
+        wanted,
     )
     context = ocp.Context()
     context.pytree.loading.partial_load = True

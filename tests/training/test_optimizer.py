@@ -1,0 +1,106 @@
+"""Schedules against their closed forms; optimizers against their definitions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from expertrag_jax.errors import UserError
+from expertrag_jax.training import optimizer
+
+STEPS = (0, 1, 5, 10, 11, 40, 1000)
+W = 10
+CLOSED_FORMS = {
+    "constant": lambda t: 0.3,
+    "constant * linear_warmup": lambda t: 0.3 * min(1, t / W),
+    "constant * linear_warmup * rsqrt_decay": lambda t: 0.3 * min(1, t / W) / math.sqrt(max(t, W)),
+    "constant*rsqrt_normalized_decay": lambda t: 0.3 * math.sqrt(W / max(t, W)),
+    "linear_decay": lambda t: 0.3 * min(t / W, 1 + 0.02 * (W - t)),
+    "constant * decay_every": lambda t: 0.3 * 0.02 ** (t // 7),
+    "constant * cosine_decay": lambda t: 0.15 * (1 + math.cos(math.pi * (max(0, (t - W) / 64) % 1))),
+}
+
+
+@pytest.mark.parametrize("factors", CLOSED_FORMS)
+def test_factors_equal_their_closed_forms(factors):
+    schedule = optimizer.factors_schedule(
+        factors, 0.3, warmup_steps=W, decay_factor=0.02, steps_per_decay=7, steps_per_cycle=64
+    )
+    for t in STEPS:
+        assert float(schedule(t)) == pytest.approx(max(1e-8, CLOSED_FORMS[factors](t)), rel=1e-5), t
+
+
+def test_step_offset_shifts_the_schedule():
+    shifted = optimizer.factors_schedule(warmup_steps=W, step_offset=100)
+    plain = optimizer.factors_schedule(warmup_steps=W)
+    assert float(shifted(125)) == float(plain(25))
+    assert float(shifted(50)) == float(plain(0))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("constant * linear",), "'linear' is unknown"),
+        (("linear_warmup", 1.0, 0), "warmup_steps of at least 1"),
+    ],
+)
+def test_bad_schedules(arguments, message):
+    with pytest.raises(UserError, match=message):
+        optimizer.factors_schedule(*arguments)
+
+
+def test_adafactor_first_step_is_t5s():
+    """Step 1 of a full second moment: v = g^2, so u = sign(g); lr * max(eps, rms(p)) * u, no momentum."""
+    p = {"w": jnp.array([[3.0, -4.0], [0.0, 5.0]])}
+    g = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
+    rule = optimizer.adafactor(0.1)
+    updates, state = rule.update(g, rule.init(p), p)
+    rms = math.sqrt(float((p["w"] ** 2).mean()))
+    np.testing.assert_allclose(updates["w"], -0.1 * rms * jnp.sign(g["w"]), rtol=1e-5)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) <= 4 + 3  # one moment, no momentum
+
+
+def test_adafactor_second_moment_decays_with_t_to_the_minus_point_8():
+    p, rule = {"w": jnp.ones((3,))}, optimizer.adafactor(1.0, multiply_by_parameter_scale=False)
+    state = rule.init(p)
+    gradients = [jnp.array([1.0, 2.0, 3.0]), jnp.array([2.0, 0.1, -1.0])]
+    for g in gradients:
+        updates, state = rule.update({"w": g}, state, p)
+    decay = 1 - 2**-0.8
+    v = decay * gradients[0] ** 2 + (1 - decay) * gradients[1] ** 2
+    u = gradients[1] / jnp.sqrt(v)
+    u = u / max(1.0, math.sqrt(float((u**2).mean())))
+    np.testing.assert_allclose(updates["w"], -u, rtol=1e-5)
+
+
+def test_adafactor_factors_large_matrices_only():
+    p = {"large": jnp.ones((128, 256)), "small": jnp.ones((64, 64))}
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(optimizer.adafactor(0.1).init(p)))
+    assert 64 * 64 in sizes and 128 * 256 not in sizes and {128, 256} <= set(sizes)
+
+
+def test_adamw_clips_by_global_norm_and_spares_vectors_from_decay():
+    p = {"b": jnp.ones((2,)), "w": jnp.ones((2, 2))}
+    zero = jax.tree.map(jnp.zeros_like, p)
+    rule = optimizer.adamw(0.1, weight_decay=0.5)
+    updates, _ = rule.update(zero, rule.init(p), p)
+    np.testing.assert_allclose(updates["w"], -0.05 * np.ones((2, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(updates["b"], np.zeros(2))
+    clipped, plain = optimizer.adamw(0.1, eps=1.0, clip_norm=1.0), optimizer.adamw(0.1, eps=1.0)
+    g = {"b": jnp.array([3.0, 0.0]), "w": jnp.array([[0.0, 4.0], [0.0, 0.0]])}  # norm 5
+    found, _ = clipped.update(g, clipped.init(p), p)
+    expected, _ = plain.update(jax.tree.map(lambda x: x / 5, g), plain.init(p), p)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+
+
+def test_the_default_learning_rate_is_t5s_pre_training():
+    p = {"w": jnp.full((2, 2), 2.0)}
+    rule = optimizer.adafactor()
+    updates, state = rule.update(p, rule.init(p), p)
+    assert isinstance(rule, optax.GradientTransformation)
+    np.testing.assert_allclose(updates["w"], -2.0 * 1e-8 * np.ones((2, 2)), rtol=1e-4)  # warm-up starts at 0
+    updates, _ = rule.update(p, state, p)
+    np.testing.assert_allclose(updates["w"], -2.0 * (1 / 10000) / 100 * np.ones((2, 2)), rtol=1e-4)
