@@ -52,10 +52,12 @@ def unbound_parameters(error: BaseException) -> UserError | None:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    # Raised by the call itself, not inside the function: nobody gave the argument.
-    at_the_call = trace is not None and trace.tb_frame.f_code.co_name == "gin_wrapper"
-    if isinstance(error, TypeError) and at_the_call and " required " in text:
-        return UserError(f"gin binds too little: {text}: bind what is missing in a gin file or with --gin.")
+    # Raised by gin's own call, not inside the function: nobody gave the argument.
+    callers = ("gin_wrapper", "meta_call_wrapper")
+    if isinstance(error, TypeError) and trace is not None and trace.tb_frame.f_code.co_name in callers:
+        missing = re.match(r"(.+?)(?:\.__init__)?\(\) missing \d+ required .+?: (.+)", text)
+        if missing:
+            return UserError(f"gin binds no value to {missing[2]} of {missing[1]}.")
     return None
 
 
@@ -167,7 +169,7 @@ class Source:
             return f"gin knows no function or class '{name}'{near}"
         if "set to `%gin.REQUIRED`" in text:
             name = re.sub(r"/(gin\.)?macro\.value$", "", text.split(" set to")[0].strip())
-            where = self._where(r"^\s*" + re.escape(name) + r"\s*=")
+            where = self._where(r"(^|[\s.])" + re.escape(name) + r"\s*=")
             return f"{name} must be set{where}: add --gin.{name}=VALUE."
         if "No bindings specified for" in text:
             name = _quoted(text)[0].removesuffix("/gin.macro")

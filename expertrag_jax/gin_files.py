@@ -20,9 +20,11 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.gin_errors import Source, nearest
 
 
-def installed_folder() -> str | None:
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def installed_folder(package: pathlib.Path = _PACKAGE) -> str | None:
     """The folder of expertrag_jax's own gin files: inside an installed package, beside it in a checkout."""
-    package = pathlib.Path(__file__).resolve().parent
     for folder in (package / "gin", package.parent / "gin"):
         if any(folder.glob("*/*.gin")):
             return str(folder)
