@@ -19,7 +19,6 @@ import gin.config
 from expertrag_jax.errors import UserError
 from expertrag_jax.gin_errors import Source, nearest
 
-
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
