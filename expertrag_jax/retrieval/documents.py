@@ -14,8 +14,8 @@ _TEXT, _MARKDOWN, _JSON = (".txt",), (".md", ".markdown"), (".jsonl", ".json")
 _SENTENCE_END = re.compile(r"""(?<=[.!?。！？])["'”’)\]]*\s+(?=["'“‘(\[]*[^\W_a-z])""")
 # These words end in a full stop inside sentences.
 _ABBREVIATION = re.compile(
-    r"(?:^|[\s(\[\"'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Gen|Col|Lt|Sgt|Rev|Hon|Capt|Gov|Sen|Rep|No|Nos|Vol|pp?"
-    r"|vs|etc|cf|ca|approx|e\.g|i\.e|U\.S|U\.K|U\.N|Inc|Ltd|Co|Corp|Fig|Eq|al)\.$"
+    r"(?:^|[\s(\[\"'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Gen|Col|Lt|Sgt|Rev|Hon|Capt|Gov|Sen|Rep|No|Nos|Vol"
+    r"|pp?|vs|etc|cf|ca|approx|e\.g|i\.e|U\.S|U\.K|U\.N|Inc|Ltd|Co|Corp|Fig|Eq|al)\.$"
 )
 _HEADING = re.compile(r"^ {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
@@ -66,7 +66,8 @@ def split_text(text: str, max_words: int = 100) -> list[str]:
 def markdown_sections(text: str, title: str = "") -> list[tuple[str, str]]:
     """(title, text) of each section: a heading is the title of what follows it.
 
-    What precedes the first heading gets `title`. A heading inside a code fence is code. Sections without text are left out.
+    What precedes the first heading gets `title`. A heading inside a code fence is code.
+    Sections without text are left out.
     """
     sections: list[tuple[str, list[str]]] = [(title, [])]
     fence = ""
@@ -130,8 +131,8 @@ def read_documents(path: str | Path, max_words: int = 100) -> Passages:
     """Read a document, or all documents of a folder, as passages.
 
     Titles are a Markdown section's heading, a JSON record's `title`, or the file's name without its suffix.
-    Ids are the document's (a JSON record's `id`, else the file's name, with the section or line), `#`, and the
-    number of the passage in it.
+    Ids are the document's (a JSON record's `id`, else the file's name, with the section or line), `#`, and
+    the number of the passage in it.
 
     Args:
       path: a folder (searched with all its sub-folders), or one .txt, .md or .jsonl file, plain or gzipped. A

@@ -149,7 +149,7 @@ class HybridIndex:
           queries: B training questions, texts and vectors.
           gold_rows: B sets of rows that answer them.
           k: cut-off of the recall.
-          weights: to try; 0 and 1 are the lexical and the dense index alone.
+          weights: to try; 0 and 1 rank by one index, the other's candidates only fill up.
 
         Returns:
           recall@k by weight.

@@ -16,7 +16,6 @@ from expertrag_jax.retrieval.manifest import check_matches
 from expertrag_jax.retrieval.protocol import ABSENT_ROW, Queries, absent
 
 
-
 class Retrieved(NamedTuple):
     """What was found for B questions.
 

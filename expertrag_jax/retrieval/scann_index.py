@@ -1,7 +1,7 @@
 """The approximate index: ScaNN's quantised tree search (Guo et al. 2020, arXiv 1908.10396).
 
-ScaNN is imported inside functions: its package imports TensorFlow, which takes seconds and has no place in the
-core.
+ScaNN is imported inside functions: its package imports TensorFlow, which takes seconds and has no place in
+the core.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.mesh_index import ExactIndex
+from expertrag_jax.retrieval.metrics import index_recall
 from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, Queries, absent, require_vectors
 
 _LOG = logging.getLogger(__name__)
@@ -29,8 +30,10 @@ _TRAINING_SAMPLE = 250_000
 def automatic_parameters(count: int) -> dict[str, int]:
     """Tree and reordering parameters by corpus size.
 
-    sqrt(N) leaves balance the two scans, of centroids and of leaves. A quarter of the leaves of a small corpus
-    and fewer of a large one (never below 32) are searched; 200 candidates of the quantised scan are scored exactly.
+    sqrt(N) leaves balance the two scans, of centroids and of leaves. 200 leaves are searched (all of them
+    below 40,000 passages); 400 candidates of the quantised scan are scored exactly. Measured on 66 thousand
+    Wikipedia passages (TF-IDF projected to 128 dimensions, real questions) that finds .98 of the exact best
+    20 and more where vectors have unit length. `ScannIndex.tune` raises the leaves to reach a recall.
 
     Args:
       count: N passages.
@@ -39,12 +42,7 @@ def automatic_parameters(count: int) -> dict[str, int]:
       num_leaves, leaves_to_search, reorder.
     """
     leaves = max(8, round(math.sqrt(count)))
-    share = 0.25 if count <= 100_000 else max(0.03, 0.25 * math.sqrt(100_000 / count))
-    return {
-        "num_leaves": leaves,
-        "leaves_to_search": min(leaves, max(32, math.ceil(share * leaves))),
-        "reorder": 200,
-    }
+    return {"num_leaves": leaves, "leaves_to_search": min(leaves, 200), "reorder": 400}
 
 
 def _pybind() -> Any | None:
@@ -67,7 +65,7 @@ class ScannIndex:
     Attributes:
       num_leaves: leaves of the tree; by `automatic_parameters` where None, as the next two.
       leaves_to_search: leaves scanned per question: recall against time.
-      reorder: candidates that are scored exactly (at least 4 k).
+      reorder: candidates that are scored exactly (at least 8 k).
       threads: 0 for all cores.
     """
 
@@ -142,12 +140,37 @@ class ScannIndex:
         if not len(vectors):
             return rows, scores
         wanted = min(k, self._count)
-        reorder = min(self._count, max(self.settings["reorder"], 4 * wanted))
-        found, products = self._searcher.search_batched(vectors, wanted, reorder)
+        reorder = min(self._count, max(self.settings["reorder"], 8 * wanted))
+        found, products = self._searcher.search_batched(
+            vectors, wanted, reorder, self.settings["leaves_to_search"]
+        )
         missing = np.isnan(products)  # ScaNN fills up with NaN where the searched leaves hold too few
         rows[:, :wanted] = np.where(missing, ABSENT_ROW, found.astype(np.int64))
         scores[:, :wanted] = np.where(missing, ABSENT_SCORE, products)
         return rows, scores
+
+    def tune(self, queries: Queries, vectors: np.ndarray, k: int = 20, recall: float = 0.95) -> float:
+        """Search more leaves until the index finds enough of what an exact search finds.
+
+        Args:
+          queries: B questions of the kind to be asked, with vectors (a few hundred will do).
+          vectors: [N, D], those given to `build`.
+          k, recall: the target, recall@k against the exact search.
+
+        Returns:
+          The recall reached; below the target only if all leaves are searched.
+        """
+        if self._exact is not None:
+            return 1.0
+        exact_rows, _ = ExactIndex().build(None, vectors).search(queries, k)
+        leaves = self.settings["num_leaves"]
+        while True:
+            reached = index_recall(self.search(queries, k)[0], exact_rows)
+            searched = self.settings["leaves_to_search"]
+            _LOG.info("ScaNN: recall@%d %.3f with %d of %d leaves searched", k, reached, searched, leaves)
+            if reached >= recall or searched == leaves:
+                return reached
+            self.settings["leaves_to_search"] = min(leaves, math.ceil(1.5 * searched))
 
     def save(self, directory: Path) -> None:
         """Write settings and ScaNN's assets; their paths are relative, so the directory may move."""
