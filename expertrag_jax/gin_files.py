@@ -50,7 +50,7 @@ def parse(files: Sequence[str], bindings: Sequence[str] = (), given_search_paths
     paths = search_paths(given_search_paths)
     gin.clear_config()
     # gin can only append to its search paths; a second parse in one process must not search the first's.
-    gin.config._LOCATION_PREFIXES[:] = paths
+    gin.config._LOCATION_PREFIXES[:] = [*paths, ""]
     source = Source(paths, [_find(file, paths) for file in files], bindings)
     with source.explained():
         for file in source.files:
