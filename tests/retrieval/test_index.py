@@ -221,7 +221,8 @@ def test_importing_retrieval_loads_no_search_library():
     code = (
         "import sys, importlib, pkgutil, expertrag_jax.retrieval as r\n"
         "for name in ('scann', 'tensorflow', 'bm25s', 'seqio', 'gin'): sys.modules[name] = None\n"
-        "for module in pkgutil.iter_modules(r.__path__): importlib.import_module(r.__name__ + '.' + module.name)\n"
+        "for module in pkgutil.iter_modules(r.__path__):\n"
+        "    importlib.import_module(r.__name__ + '.' + module.name)\n"
         "import numpy as np\n"
         "index = r.index.make_index('scann').build(None, np.eye(1200, 8, dtype=np.float32))\n"
         "assert index.is_exact\n"
