@@ -117,8 +117,8 @@ class Telemetry:
         self._file.flush()
         for name, value in record.items():
             if isinstance(value, list):
-                self._board.add_histogram(name, np.asarray(value), record["step"])
-                self._board.add_scalar(f"{name}/max", max(value), record["step"])
+                self._board.add_histogram(name, np.ravel(value), record["step"])
+                self._board.add_scalar(f"{name}/max", float(np.max(value)), record["step"])
                 self._board.add_scalar(f"{name}/mean", float(np.mean(value)), record["step"])
             elif isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(name, value, record["step"])

@@ -38,7 +38,7 @@ def test_records_beyond_the_resumed_step_and_a_torn_line_are_dropped(tmp_path):
         file.write('{"step": 40, "lo')
     with telemetry.Telemetry(tmp_path) as told:
         told.resume(20)
-        told.write({"step": 30, "loss": 7.0})
+        told.write({"step": 30, "loss": 7.0, "load": [[1.0, 2.0], [3.0, 4.0]]})  # a load per layer and expert
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(10, 0.1), (20, 0.05), (30, 7.0)]
 
