@@ -81,9 +81,15 @@ def almanac_source(config: AlmanacConfig, data_dir: str | os.PathLike, *splits: 
     """The prepared world as a source; a split "train_..." is called "train"."""
     names = {"train" if split.startswith("train") else split: split for split in splits}
     # read_only: the data is there, so TFDS need not look for it on the network.
-    return seqio.TfdsDataSource(
-        tfds_name(config), tfds_data_dir=os.fspath(data_dir), splits=names, read_only=True
-    )
+    return _OrderedSource(tfds_name(config), tfds_data_dir=os.fspath(data_dir), splits=names, read_only=True)
+
+
+class _OrderedSource(seqio.TfdsDataSource):
+    """TFDS refuses to shuffle the files of an ordered set; the almanac's order is random as it is."""
+
+    def get_dataset(self, split=None, shuffle=True, seed=None, shard_info=None, **options):
+        """SeqIO's, in the order of the files."""
+        return super().get_dataset(split, shuffle=False, seed=seed, shard_info=shard_info, **options)
 
 
 def _record(example: Mapping[str, Any]) -> dict[str, tf.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -146,6 +147,7 @@ class Pipeline:
           provider: a task of the mixture; None for the whole.
           **options: of ``get_dataset``: shuffle, num_epochs.
         """
+        _leave_accelerators_to_jax()
         lengths = self._lengths()
         ds = (provider or self.provider).get_dataset(
             lengths,
@@ -199,6 +201,13 @@ class Pipeline:
         with user_errors():
             for arrays in ds.with_options(options).as_numpy_iterator():
                 yield _filled(arrays, self.batch_size)
+
+
+def _leave_accelerators_to_jax() -> None:
+    """TensorFlow takes all memory of the GPUs it sees; here it only reads data."""
+    for kind in ("GPU", "TPU"):
+        with contextlib.suppress(RuntimeError):  # devices are in use already: whoever started them chose so
+            tf.config.set_visible_devices([], kind)
 
 
 def _read(ds: tf.data.Dataset, name: str) -> Arrays:

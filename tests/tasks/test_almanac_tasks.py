@@ -98,3 +98,22 @@ def test_retriever(tasks, world, vocabulary):
             tokens = [*vocabulary.encode(passage["title"]), 1, *vocabulary.encode(passage["text"])][:64]
             np.testing.assert_array_equal(batch.passage_tokens[row, k], tokens + [0] * (64 - len(tokens)))
         assert batch.passage_relevance[row].tolist() == [1, 0]
+
+
+def test_streaming_shuffles_within_a_buffer(tasks):
+    def take(seed, start=0):
+        pipeline = Pipeline(
+            tasks["closed_book"],
+            LENGTHS,
+            16,
+            seed=seed,
+            materialise=False,
+            process_index=0,
+            process_count=1,
+        )
+        return [batch.example_ids for batch in itertools.islice(pipeline(start), 4)]
+
+    first = take(0)
+    np.testing.assert_array_equal(take(0, start=2)[:2], first[2:])
+    assert (np.concatenate(first) != np.concatenate(take(1))).any()
+    assert len(set(np.concatenate(first))) == 64
