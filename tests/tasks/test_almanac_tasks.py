@@ -116,4 +116,4 @@ def test_streaming_shuffles_within_a_buffer(tasks):
     first = take(0)
     np.testing.assert_array_equal(take(0, start=2)[:2], first[2:])
     assert (np.concatenate(first) != np.concatenate(take(1))).any()
-    assert len(set(np.concatenate(first))) == 64
+    assert (np.diff(np.concatenate(first)) != 1).any()  # not the order of the files
