@@ -77,7 +77,8 @@ def train(
       seed: of initial parameters and of each step's random numbers.
       microbatches: see ``step.make_train_step``.
       checkpoint_period, log_period: in steps of the run. A checkpoint is also written after each phase and on
-        SIGTERM. keep_checkpoints: the newest so many stay.
+        SIGTERM. A log line averages the steps since the last one or since the restart, so a resumed run logs
+        the same lines if the second divides the first. keep_checkpoints: the newest so many stay.
       initial_checkpoint: for a run that starts: see ``pretrained.start_from``.
       metadata: JSON for the checkpoint; what stands in ``metadata["digests"]`` (vocabularies) must be the
         same when the run is resumed.
