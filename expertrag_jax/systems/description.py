@@ -1,0 +1,56 @@
+"""A system's configuration as JSON, so that a checkpoint says what it is a checkpoint of.
+
+A system is a frozen dataclass of numbers, words and further dataclasses. Optimizers and other functions are left
+out: whoever reads a checkpoint to answer, to export or to embed passages needs none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from expertrag_jax.errors import UserError
+
+_CLASS, _FIELDS = "class", "fields"
+
+
+def describe(system: Any) -> dict[str, Any]:
+    """``{"class": "module:Name", "fields": {...}}`` of a dataclass, nested ones alike; JSON-ready.
+
+    Raises:
+      TypeError: ``system`` is no dataclass.
+    """
+    fields = {}
+    for field in dataclasses.fields(system):
+        value = getattr(system, field.name)
+        if not callable(value):
+            fields[field.name] = describe(value) if dataclasses.is_dataclass(value) else value
+    cls = type(system)
+    return {_CLASS: f"{cls.__module__}:{cls.__qualname__}", _FIELDS: fields}
+
+
+def rebuild(description: Mapping[str, Any]) -> Any:
+    """The dataclass that ``describe`` described; what it left out has its default.
+
+    Raises:
+      UserError: its class is not there, or has other fields: it is of another release.
+    """
+    module, _, name = str(description.get(_CLASS)).partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+        if not dataclasses.is_dataclass(cls):
+            raise TypeError(f"{name} is no dataclass")
+        return cls(**{key: _value(value) for key, value in description[_FIELDS].items()})
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the checkpoint is of a system {module}.{name} that this release cannot make ({error}): use the "
+            "release it was trained with"
+        ) from error
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, Mapping) and set(value) == {_CLASS, _FIELDS}:
+        return rebuild(value)
+    return tuple(_value(item) for item in value) if isinstance(value, list) else value
