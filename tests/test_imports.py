@@ -23,6 +23,7 @@ BLOCKED = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "sca
 HOUSE = (
     ("entry points", tuple(ENTRY_POINTS)),
     ("interop", ("interop",)),
+    ("from files to answers", ("assembly", "trained_model")),
     ("answering", ("answering",)),
     ("training", ("training",)),
     ("tasks", ("tasks",)),

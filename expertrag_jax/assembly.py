@@ -1,0 +1,252 @@
+"""From files to a system that answers: parameters, vocabularies and index joined into an `Answerer`.
+
+`answerer_from_model` joins a system, parameters and an index, and `tokenise_questions` makes what the answerer is
+asked. Everything that must fit together is compared here: the index's vocabularies, width and passage encoder with
+the model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from expertrag_jax.answering import Answerer, Programs, Questions, SystemPrograms
+from expertrag_jax.errors import UserError
+from expertrag_jax.gate.policy import Always, Learned, Never, Policy
+from expertrag_jax.retrieval.corpus import Question
+from expertrag_jax.retrieval.index import open_index
+from expertrag_jax.retrieval.manifest import check_matches, parameters_digest
+from expertrag_jax.retrieval.retriever import Retriever
+from expertrag_jax.training import pretrained
+from expertrag_jax.vocabulary import EOS_ID, Vocabulary
+
+RETRIEVE = ("gate", "always", "never")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSettings:
+    """The static sizes of answering; an export is compiled for one set of them.
+
+    Attributes:
+      question_length: L, tokens of a question in the reader's vocabulary, EOS included.
+      query_length: Lq, the same in the retriever's. answer_length: T, EOS included. num_passages: K.
+      reader_length: P, tokens of question and passage; with ``concatenate``, of question and all passages.
+      fusion: see ``model.fusion``. buckets: batch sizes.
+      threshold: the gate retrieves where p_ret reaches it.
+
+    Raises:
+      UserError: a size below 1, or a question that would not fit in the reader's input.
+    """
+
+    question_length: int
+    query_length: int
+    reader_length: int
+    answer_length: int
+    num_passages: int
+    fusion: str = "per_passage"
+    buckets: tuple[int, ...] = (1, 8, 64)
+    threshold: float = 0.5
+
+    def __post_init__(self):
+        object.__setattr__(self, "buckets", tuple(sorted({int(bucket) for bucket in self.buckets})))
+        for name in ("question_length", "query_length", "reader_length", "answer_length", "num_passages"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        if not self.buckets or self.buckets[0] < 1:
+            raise UserError(f"buckets are {self.buckets}: name at least one batch size, all at least 1.")
+        if self.reader_length < self.question_length:
+            raise UserError(
+                f"reader_length {self.reader_length} cannot hold a question of question_length "
+                f"{self.question_length}: raise reader_length."
+            )
+
+    @property
+    def read_shape(self) -> tuple[int, int]:
+        """(passages, tokens) of one question's reader input: (K, P), or (1, P) with ``concatenate``."""
+        return (1 if self.fusion == "concatenate" else self.num_passages), self.reader_length
+
+
+# Parameters
+
+
+def load_params(system: Any, checkpoint_path: str | Path) -> Any:
+    """Parameters from a MODEL_DIR (newest step), a ``checkpoints/<step>`` or exported parameters.
+
+    Raises:
+      UserError: no checkpoint there, or parameters of other names or shapes.
+    """
+    abstract = jax.eval_shape(system.init, jax.random.PRNGKey(0))
+    return pretrained.restore_parameters(checkpoint_path, abstract)
+
+
+def check_answers(system: Any) -> None:
+    """Raises UserError for a system that cannot be asked: a dual encoder."""
+    needed = ("encode_question", "decide", "read", "begin", "decode_step")
+    if not all(hasattr(system, name) for name in needed):
+        raise UserError(
+            f"a {type(system).__name__} does not answer questions: name the directory of a trained ExpertRAG."
+        )
+
+
+# The index
+
+
+def encoder_digest(system: Any, params: Any) -> str | None:
+    """What an index of this model's passage encoder carries; None where the model does not hold that encoder.
+
+    With shared towers the passage encoder is ``query_encoder``; otherwise it stays with the dual encoder's
+    training.
+    """
+    config = getattr(system, "retriever", None)
+    if config is None or not config.shared or "query_encoder" not in params:
+        return None
+    return parameters_digest(jax.tree.map(np.asarray, dict(params["query_encoder"])))
+
+
+def make_retriever(
+    index_dir: str | Path, programs: Programs, *, reader_vocabulary: str, retriever_vocabulary: str,
+    encoder_digest: str | None = None, dimension: int | None = None, max_batch: int = 64,
+) -> Retriever:
+    """Opens an index for a model.
+
+    Args:
+      programs: gives ``query_vectors``, unless the index is lexical.
+      reader_vocabulary, retriever_vocabulary: digests. encoder_digest: of the passage encoder, or None.
+      dimension: D of the query vectors, None where there is no query encoder.
+      max_batch: queries encoded at a time.
+
+    Raises:
+      UserError: no index there, a damaged one, or one of another vocabulary, width or encoder.
+    """
+    loaded = open_index(index_dir)
+    dense = loaded.index.needs_vectors
+    if dense and dimension is None:
+        raise UserError(
+            f"the {loaded.manifest.kind} index at {index_dir} searches by vectors but the model has no query "
+            "encoder: name a lexical index, or train with a retriever."
+        )
+    if loaded.tokens is None:
+        raise UserError(
+            f"the index at {index_dir} stores no passage tokens: build it with the reader's vocabulary."
+        )
+    check_matches(
+        loaded.manifest,
+        vocabulary_digest=reader_vocabulary,
+        retriever_vocabulary_digest=retriever_vocabulary if dense else None,
+        encoder_digest=encoder_digest if dense else None,
+        dimension=dimension if dense else None,
+    )
+    encode = programs.query_vectors if dense else None
+    return Retriever(loaded, encode, encoder_digest=encoder_digest, max_batch=max_batch)
+
+
+# The answerer
+
+
+def make_policy(retrieve: str, threshold: float) -> Policy:
+    """The policy that ``--retrieve`` names: ``gate`` (p_ret reaches the threshold), ``always`` or ``never``.
+
+    Raises:
+      UserError: another word.
+    """
+    if retrieve not in RETRIEVE:
+        raise UserError(f"--retrieve={retrieve} is unknown: choose one of {', '.join(RETRIEVE)}.")
+    return {"gate": Learned(threshold), "always": Always(), "never": Never()}[retrieve]
+
+
+def make_answerer(
+    programs: Programs, retriever: Retriever | None, policy: Policy, settings: AnswerSettings
+) -> Answerer:
+    """An Answerer of these sizes."""
+    return Answerer(
+        programs, retriever, policy, num_passages=settings.num_passages, reader_length=settings.reader_length,
+        answer_length=settings.answer_length, buckets=settings.buckets, fusion=settings.fusion,
+    )
+
+
+def answerer_from_model(
+    system: Any, params: Any, index_dir: str | Path | None, reader_vocabulary: Vocabulary,
+    retriever_vocabulary: Vocabulary | None, policy: Policy, settings: AnswerSettings,
+) -> Answerer:
+    """Joins a system, its parameters and an index.
+
+    Args:
+      params: the parameters, or the path of a checkpoint (see ``load_params``).
+      index_dir: None for a model that never retrieves. retriever_vocabulary: None means the reader's.
+      policy: see ``gate.policy`` or ``make_policy``.
+
+    Raises:
+      UserError: parameters or an index that do not belong to the system.
+    """
+    check_answers(system)
+    if isinstance(params, (str, Path)):
+        params = load_params(system, params)
+    programs = SystemPrograms(system, params, settings.answer_length)
+    retriever = None
+    if index_dir is not None:
+        config = getattr(system, "retriever", None)
+        retriever = make_retriever(
+            index_dir, programs, reader_vocabulary=reader_vocabulary.digest,
+            retriever_vocabulary=(retriever_vocabulary or reader_vocabulary).digest,
+            encoder_digest=encoder_digest(system, params),
+            dimension=None if config is None else config.output_dim, max_batch=settings.buckets[-1],
+        )
+    return make_answerer(programs, retriever, policy, settings)
+
+
+# Questions
+
+
+def tokenise_questions(
+    questions: Sequence[Question | str], reader_vocabulary: Vocabulary,
+    retriever_vocabulary: Vocabulary | None, question_length: int, query_length: int,
+    ids: Sequence[int] | None = None,
+) -> Questions:
+    """Texts to what an Answerer is asked; every row ends in EOS and is padded with 0.
+
+    Args:
+      questions: records of ``retrieval.corpus.read_questions_jsonl``, or texts.
+      retriever_vocabulary: None means the reader's.
+      question_length: L. query_length: Lq. ids: [N] integers; by default the place in ``questions``.
+
+    Raises:
+      UserError: an empty question, or one longer than a limit, by its place, its id and its first words.
+    """
+    texts = [question if isinstance(question, str) else question.question for question in questions]
+    names = [f"{place}" if isinstance(each, str) else each.id for place, each in enumerate(questions)]
+    numbers = np.arange(len(texts), dtype=np.int64) if ids is None else np.asarray(ids, np.int64)
+    if len(numbers) != len(texts):
+        raise ValueError(f"{len(numbers)} ids for {len(texts)} questions")
+    tokens = _rows(texts, names, reader_vocabulary, question_length, "question_length")
+    same = retriever_vocabulary is None or retriever_vocabulary.digest == reader_vocabulary.digest
+    if same and query_length == question_length:
+        query = tokens
+    else:
+        query = _rows(texts, names, retriever_vocabulary or reader_vocabulary, query_length, "query_length")
+    return Questions(numbers, texts, tokens, query)
+
+
+def tokenise_answers(answers: Sequence[str], vocabulary: Vocabulary, length: int) -> np.ndarray:
+    """Answers to score: N texts -> [N, T] int32, each ending in EOS; UserError for one that is longer."""
+    names = [str(place) for place in range(len(answers))]
+    return _rows(answers, names, vocabulary, length, "answer_length", "answer")
+
+
+def _rows(texts, names, vocabulary: Vocabulary, length: int, limit: str, what: str = "question"):
+    rows = np.zeros((len(texts), length), np.int32)
+    for row, (text, name, ids) in enumerate(zip(texts, names, vocabulary.encode_batch(texts))):
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        if not ids:
+            raise UserError(f"{what} {name} ({shown!r}) has no words.")
+        if len(ids) + 1 > length:
+            raise UserError(
+                f"{what} {name} ({shown!r}) has {len(ids) + 1} tokens but {limit} is {length}: shorten it, "
+                f"or use a model with a larger {limit}."
+            )
+        rows[row, : len(ids) + 1] = [*ids, EOS_ID]
+    return rows

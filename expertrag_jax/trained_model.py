@@ -1,0 +1,107 @@
+"""A trained system, read from its MODEL_DIR alone: the checkpoint says what it is a checkpoint of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from expertrag_jax.assembly import AnswerSettings, check_answers, load_params
+from expertrag_jax.errors import UserError
+from expertrag_jax.systems.description import rebuild
+from expertrag_jax.training import pretrained
+from expertrag_jax.vocabulary import Vocabulary
+
+READER_VOCABULARY, RETRIEVER_VOCABULARY = "vocabulary/reader.model", "vocabulary/retriever.model"
+GATE_FILE = "gate.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained system as its MODEL_DIR describes it.
+
+    Attributes:
+      system: the dataclass (see ``systems``). params: its parameters. source: the checkpoint's directory.
+      reader_vocabulary, retriever_vocabulary: as trained. index_dir: of the training, or None.
+      settings: as trained, with the gate's calibrated threshold.
+    """
+
+    system: Any
+    params: Any
+    source: Path
+    reader_vocabulary: Vocabulary
+    retriever_vocabulary: Vocabulary
+    settings: AnswerSettings
+    index_dir: str | None
+
+
+def open_model(model_dir: str | Path, checkpoint_path: str | Path | None = None, **changes: Any) -> Model:
+    """Reads a MODEL_DIR.
+
+    Args:
+      model_dir: written by training. checkpoint_path: of one of its checkpoints; None means the newest.
+      changes: fields of ``AnswerSettings`` other than those of the training; None leaves a field as it was.
+
+    Raises:
+      UserError: the directory, a checkpoint or a vocabulary is missing, damaged or of another model.
+    """
+    model_dir = Path(model_dir).expanduser()
+    if not model_dir.is_dir():
+        raise UserError(f"MODEL_DIR {model_dir} does not exist: name the directory of a training.")
+    source = pretrained.checkpoint_dir(checkpoint_path or model_dir)
+    facts = pretrained.read_metadata(source)
+    missing = [name for name in ("system", "task_feature_lengths") if not facts.get(name)]
+    if missing:
+        raise UserError(
+            f"checkpoint {source} does not say its {' and '.join(missing)}: name a MODEL_DIR that `expertrag "
+            "train` wrote."
+        )
+    system = rebuild(facts["system"])
+    check_answers(system)
+    settings = _trained_settings(system, facts, _threshold(model_dir))
+    changes = {name: value for name, value in changes.items() if value is not None}
+    settings = dataclasses.replace(settings, **changes)
+    reader, retriever = (
+        _vocabulary(model_dir / path, name, facts)
+        for path, name in ((READER_VOCABULARY, "reader"), (RETRIEVER_VOCABULARY, "retriever"))
+    )
+    params = load_params(system, source)
+    return Model(system, params, source, reader, retriever, settings, facts.get("index_dir"))
+
+
+def _trained_settings(system: Any, facts: Mapping[str, Any], threshold: float) -> AnswerSettings:
+    lengths = facts["task_feature_lengths"]
+    question_length = int(lengths["inputs"])
+    return AnswerSettings(
+        question_length=question_length,
+        query_length=int(lengths.get("query") or question_length),
+        reader_length=int(lengths.get("passages") or question_length),
+        answer_length=int(system.max_target_length),
+        num_passages=int(facts.get("num_passages") or 1),
+        fusion=system.fusion,
+        threshold=threshold,
+    )
+
+
+def _threshold(model_dir: Path) -> float:
+    """The calibrated threshold in ``gate.json``; 0.5 where the gate was not calibrated."""
+    path = model_dir / GATE_FILE
+    if not path.is_file():
+        return 0.5
+    try:
+        return float(json.loads(path.read_text())["threshold"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): run `expertrag calibrate` again.") from None
+
+
+def _vocabulary(path: Path, name: str, facts: Mapping[str, Any]) -> Vocabulary:
+    vocabulary = Vocabulary.from_file(path)
+    trained = facts.get("digests", {}).get(f"{name} vocabulary")
+    if trained is not None and trained != vocabulary.digest:
+        raise UserError(
+            f"{path} has digest {vocabulary.digest[:12]} but the model was trained with the {name} "
+            f"vocabulary {trained[:12]}: restore that file."
+        )
+    return vocabulary
