@@ -1,7 +1,7 @@
 """A system's configuration as JSON, so that a checkpoint says what it is a checkpoint of.
 
-A system is a frozen dataclass of numbers, words and further dataclasses. Optimizers and other functions are left
-out: whoever reads a checkpoint to answer, to export or to embed passages needs none.
+A system is a frozen dataclass of numbers, words and further dataclasses. Optimizers and other functions are
+left out: whoever reads a checkpoint to answer, to export or to embed passages needs none.
 """
 
 from __future__ import annotations

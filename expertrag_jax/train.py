@@ -1,0 +1,252 @@
+"""Train a system: a retriever, a generator, a gate, or all phases of one system in turn.
+
+A run with a checkpoint in MODEL_DIR goes on from the newest one; another run never touches it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from expertrag_jax import launch, partitioning
+from expertrag_jax.assembly import READER_VOCABULARY, RETRIEVER_VOCABULARY
+from expertrag_jax.errors import UserError
+from expertrag_jax.systems.description import describe
+from expertrag_jax.systems.system import Phase, System
+from expertrag_jax.training import loop
+from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
+from expertrag_jax.training.state import TrainState
+from expertrag_jax.vocabulary import Vocabulary
+
+FLAGS = {
+    "--model_dir": ("model_dir", "folder of checkpoints, config.gin, vocabulary and logs"),
+    "--initial_checkpoint": ("initial_checkpoint", "checkpoint to start from"),
+}
+MACROS = (
+    "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS", "BATCH_SIZE", "TASK_FEATURE_LENGTHS",
+    "USE_CACHED_TASKS", "RANDOM_SEED", "EVAL_PERIOD", "EVAL_STEPS", "VOCABULARY", "INDEX_DIR", "NUM_PASSAGES",
+    "DROPOUT_RATE", "Z_LOSS", "LABEL_SMOOTHING", "LOSS_NORMALIZING_FACTOR", "NUM_EXPERTS", "NUM_SELECTED_EXPERTS",
+    "TRAIN_EXPERT_CAPACITY_FACTOR", "EVAL_EXPERT_CAPACITY_FACTOR", "AUX_LOSS_FACTOR", "ROUTER_Z_LOSS_FACTOR",
+    "JITTER_NOISE", "RETRIEVAL_COST", "FUSION",
+)  # fmt: skip
+EXAMPLE = "expertrag train --gin_file=runs/train.gin --gin.MODEL_DIR=runs/qa --gin.QUESTIONS=train.jsonl"
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A phase of the system, run under its own name on its own data; for the same loss on several data sets.
+
+    Attributes:
+      name: of the stage and of its data set.
+      phase: name of the system's phase whose loss and trainable parameters it has.
+      steps: of this stage; None: the phase's.
+      optimizer: of this stage; None: the phase's.
+    """
+
+    name: str
+    phase: str
+    steps: int | None = None
+    optimizer: Callable[[], optax.GradientTransformation] | None = None
+
+    def of(self, phases: Sequence[Phase]) -> Phase:
+        """The phase to run; UserError where the system has none of that name."""
+        named = {phase.name: phase for phase in phases}
+        if self.phase not in named:
+            known = ", ".join(named)
+            raise UserError(f"stage '{self.name}' is of the phase '{self.phase}'; there are {known}.")
+        phase = named[self.phase]
+        steps = phase.steps if self.steps is None else self.steps
+        optimizer = self.optimizer or phase.optimizer
+        return dataclasses.replace(phase, name=self.name, steps=steps, optimizer=optimizer)
+
+
+def train(
+    model_dir: str,
+    system: System,
+    datasets: Mapping[str, loop.Dataset],
+    vocabulary: str,
+    task_feature_lengths: Mapping[str, int],
+    retriever_vocabulary: str | None = None,
+    stages: Sequence[Stage] | None = None,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+    microbatches: int = 1,
+    checkpoint_period: int = 1000,
+    keep_checkpoints: int = 3,
+    log_period: int = 50,
+    initial_checkpoint: str | Mapping[str, str] | None = None,
+    eval_datasets: Mapping[str, loop.Dataset] | None = None,
+    eval_period: int = 1000,
+    eval_steps: int = 20,
+    num_passages: int | None = None,
+    index_dir: str | None = None,
+) -> TrainState:
+    """Trains a system and leaves MODEL_DIR: ``checkpoints/``, ``config.gin``, ``vocabulary/``, ``logs/``.
+
+    Args:
+      model_dir: new, empty, or of this run, which then goes on.
+      system: see ``systems``.
+      datasets: by phase or stage, ``data.pipeline.Pipeline`` or anything that gives batches from a step on.
+      vocabulary, retriever_vocabulary: model files of reader and retriever; None: the reader's.
+      task_feature_lengths: of questions, answers, queries and passages; answering needs them again.
+      stages: what to run in place of the system's phases.
+      mesh: see ``partitioning.make_mesh``; None: all devices share the batch.
+      seed, microbatches, checkpoint_period, keep_checkpoints, log_period, initial_checkpoint: see
+        ``loop.train``.
+      eval_datasets: by phase or stage, finite or not; the loss of its first ``eval_steps`` batches is logged
+        every ``eval_period`` steps.
+      num_passages, index_dir: what the generator was trained to read, noted for answering.
+
+    Raises:
+      UserError: see ``loop.train``.
+    """
+    directory = open_model_dir(model_dir)
+    reader, retriever = (
+        Vocabulary.from_file(path) for path in (vocabulary, retriever_vocabulary or vocabulary)
+    )
+    check_embeddings(system, reader, retriever)
+    files = {
+        "reader vocabulary": (READER_VOCABULARY, reader),
+        "retriever vocabulary": (RETRIEVER_VOCABULARY, retriever),
+    }
+    phases = tuple(system.phases) if stages is None else tuple(stage.of(system.phases) for stage in stages)
+    mesh = mesh or partitioning.make_mesh()
+    if jax.process_index() == 0:
+        keep_configuration(directory, files)
+        announce(directory, phases, mesh)
+    state = loop.train(
+        system, datasets, directory, mesh=mesh, phases=phases, seed=seed, microbatches=microbatches,
+        checkpoint_period=checkpoint_period, keep_checkpoints=keep_checkpoints, log_period=log_period,
+        initial_checkpoint=initial_checkpoint,
+        hooks=evaluation_hooks(system, phases, eval_datasets or {}, eval_period, eval_steps, mesh),
+        metadata={
+            "digests": {name: found.digest for name, (_, found) in files.items()},
+            "system": describe(system),
+            "task_feature_lengths": dict(task_feature_lengths),
+            "num_passages": num_passages,
+            "index_dir": None if index_dir is None else str(Path(index_dir).absolute()),
+        },
+        progress=show if jax.process_index() == 0 else None,
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        step = int(state.step)
+        print(f"trained {step} steps: {directory / CHECKPOINTS / str(step)}", flush=True)
+    return state
+
+
+def check_embeddings(system: System, reader: Vocabulary, retriever: Vocabulary) -> None:
+    """UserError where a vocabulary has more pieces than the system has embeddings."""
+    towers = getattr(system, "config", None) or getattr(system, "retriever", None)
+    for config, vocabulary in ((getattr(system, "model", None), reader), (towers, retriever)):
+        rows = getattr(config, "vocab_size", None)
+        if rows is not None and rows < vocabulary.size:
+            raise UserError(
+                f"{vocabulary.path} has {vocabulary.size} pieces and the {type(config).__name__} only {rows} "
+                "embeddings: set its vocab_size to at least the number of pieces."
+            )
+
+
+def keep_configuration(directory: Path, files: Mapping[str, tuple[str, Vocabulary]]) -> None:
+    """Writes vocabularies and gin's operative configuration; what an earlier start wrote stays as it is.
+
+    Raises:
+      UserError: the directory holds another vocabulary.
+    """
+    for name, (place, vocabulary) in files.items():
+        path = directory / place
+        if not path.exists():
+            vocabulary.save(path)
+        elif Vocabulary.from_file(path).digest != vocabulary.digest:
+            raise UserError(
+                f"{path} is another {name} than {vocabulary.path}: use that one, or name another MODEL_DIR; "
+                "nothing was changed."
+            )
+    text = gin.operative_config_str(max_line_length=110)
+    if not text.strip():  # called from Python, not from gin
+        return
+    written = sorted(directory.glob("config*.gin"))
+    if not any(path.read_text() == text for path in written):
+        name = "config.gin" if not written else f"config-{len(written)}.gin"
+        (directory / name).write_text(text)
+
+
+def announce(directory: Path, phases: Sequence[Phase], mesh: Mesh) -> None:
+    """Says what will run and where its files are."""
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    plan = ", then ".join(f"{phase.name} ({phase.steps} steps)" for phase in phases)
+    print(f"training {plan} on {axes}", flush=True)
+    print(f"checkpoints {directory / CHECKPOINTS}; logs {directory / LOGS}", flush=True)
+
+
+def show(record: Mapping[str, Any]) -> None:
+    """One line per log record: place, losses, speed."""
+    place = f"{record['phase']} step {record['step']}"
+    skip = ("step", "phase", "phase_step", "seconds_per_step", "tokens_per_second", "goodput", "wall_seconds")
+    told = {name: value for name, value in record.items() if name not in skip and isinstance(value, float)}
+    numbers = [f"{name} {value:.4g}" for name, value in told.items()]
+    print(f"  {place}: {', '.join(numbers)}", flush=True)
+
+
+def evaluation_hooks(
+    system: System,
+    phases: Sequence[Phase],
+    eval_datasets: Mapping[str, loop.Dataset],
+    period: int,
+    steps: int,
+    mesh: Mesh,
+) -> list[loop.Hook]:
+    """Hooks that log the evaluation loss of the phases that have a data set for it."""
+    unknown = sorted(set(eval_datasets) - {phase.name for phase in phases})
+    if unknown:
+        known = ", ".join(phase.name for phase in phases)
+        raise UserError(f"eval_datasets has {', '.join(unknown)}; the phases are {known}.")
+    measures = {
+        phase.name: evaluation(system, phase, eval_datasets[phase.name], steps, mesh)
+        for phase in phases
+        if phase.name in eval_datasets
+    }
+    return [loop.Hook("eval", period, measure, name) for name, measure in measures.items()]
+
+
+def evaluation(
+    system: System, phase: Phase, dataset: loop.Dataset, steps: int, mesh: Mesh
+) -> Callable[[Any, int], dict[str, float]]:
+    """``(params, step) -> {"loss": ...}`` over the data set's first batches.
+
+    A system without an ``evaluation_loss`` is measured with its training loss, dropout included.
+    """
+    without_noise = getattr(system, "evaluation_loss", None)
+
+    @jax.jit
+    def batch_metrics(params, batch):
+        if without_noise is not None:
+            return without_noise(params, batch)[1]
+        return phase.loss(params, batch, jax.random.PRNGKey(0))[1]
+
+    def measure(params: Any, step: int) -> dict[str, float]:
+        del step
+        totals: dict[str, np.ndarray] = {}
+        for batch in itertools.islice(dataset(0), steps):
+            found = jax.device_get(batch_metrics(params, partitioning.global_batch(batch, mesh)))
+            for name, (total, count) in found.items():
+                if np.ndim(total) == 0:
+                    totals[name] = totals.get(name, 0.0) + np.array([total, count], np.float64)
+        return {name: total / max(count, 1e-9) for name, (total, count) in totals.items()}
+
+    return measure
+
+
+if __name__ == "__main__":
+    launch.run("expertrag_jax.train")

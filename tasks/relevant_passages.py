@@ -1,0 +1,113 @@
+"""Questions with gold passages and hard negatives: DPR's training data (arXiv 2004.04906, section 3.2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from expertrag_jax.data.question_tasks import register
+from expertrag_jax.data.vocabularies import Vocabularies
+from expertrag_jax.errors import UserError
+from expertrag_jax.evaluation.answers import has_answer
+from expertrag_jax.retrieval.corpus import Passages, Question, read_passages_tsv, read_questions_jsonl
+from expertrag_jax.retrieval.index import open_index
+from expertrag_jax.retrieval.metrics import gold_rows
+from expertrag_jax.retrieval.protocol import Queries
+from tasks.inverse_cloze import pair_record, retriever_task
+
+Paths = str | os.PathLike | Mapping[str, str | os.PathLike]
+_CANDIDATES = 30  # searched per question: the best of them that hold no answer are hard negatives
+
+
+def register_relevant_passages(
+    path: Paths,
+    corpus: str | os.PathLike,
+    vocabularies: Vocabularies,
+    name: str = "relevant_passages",
+    negatives_from: str | os.PathLike | None = None,
+    num_negatives: int = 1,
+) -> seqio.Task:
+    """Registers the task over files of questions with ``gold_passage_ids``; questions without are left out.
+
+    Args:
+      path: of the file, as split "train", or a map from split to path.
+      corpus: the passages' TSV file.
+      vocabularies: of reader and retriever; the retriever's is used on both sides.
+      name: of the task.
+      negatives_from: directory of a BM25 index over the same corpus: its best passages that are no gold
+        passage and hold no answer are hard negatives. None: in-batch negatives alone.
+      num_negatives: per question.
+
+    Returns:
+      The task. Reading it raises UserError for bad files, a gold passage that the corpus lacks, or questions
+      without any gold passage.
+    """
+    paths = dict(path) if isinstance(path, Mapping) else {"train": path}
+    read = _Source(paths, corpus, negatives_from, num_negatives)
+    source = seqio.FunctionDataSource(read, splits=tuple(paths))
+    return register(retriever_task(name, source, vocabularies))
+
+
+def hard_negatives(
+    questions: Sequence[Question], passages: Passages, index_dir: str | os.PathLike, count: int
+) -> np.ndarray:
+    """Rows [N, count] int32 of passages that look right and are not; -1 where there are too few.
+
+    Raises:
+      UserError: the index is of another corpus, or needs vectors.
+    """
+    loaded = open_index(index_dir, verify=False)
+    if loaded.index.needs_vectors:
+        raise UserError(f"hard negatives come from a bm25 index, and {index_dir} is {loaded.manifest.kind}.")
+    if loaded.manifest.corpus_digest != passages.digest:
+        raise UserError(f"the index {index_dir} is of another corpus: build it again from this one.")
+    found, _ = loaded.index.search(Queries([question.question for question in questions]), _CANDIDATES)
+    rows = np.full((len(questions), count), -1, np.int32)
+    for place, (question, candidates) in enumerate(zip(questions, found)):
+        gold, answers = set(question.gold_passage_ids), question.answers
+        others = (row for row in candidates.tolist() if row >= 0 and passages.ids[row] not in gold)
+        wrong = (row for row in others if not has_answer(passages.texts[row], answers))
+        for slot, row in zip(range(count), wrong):
+            rows[place, slot] = row
+    return rows
+
+
+class _Source:
+    """``(split, shuffle_files, seed)`` -> dataset of questions with passages; files are read once."""
+
+    __name__ = "relevant_passages"
+
+    def __init__(self, paths, corpus, negatives_from, num_negatives):
+        self._paths, self._corpus = paths, corpus
+        self._negatives_from, self._num_negatives = negatives_from, num_negatives
+        self._fields: dict[str, dict] = {}
+
+    def __call__(self, split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed  # one file; the order is the pipeline's business
+        if split not in self._fields:
+            self._fields[split] = self._read(self._paths[split])
+        return tf.data.Dataset.from_tensor_slices(self._fields[split]).map(pair_record)
+
+    def _read(self, path: str | os.PathLike) -> dict[str, Sequence]:
+        everything = read_questions_jsonl(path)
+        known = [place for place, question in enumerate(everything) if question.gold_passage_ids]
+        if not known:
+            raise UserError(f"{path}: no question has gold_passage_ids, which training a retriever needs")
+        questions = [everything[place] for place in known]
+        passages = read_passages_tsv(self._corpus)
+        rows = [[min(gold)] for gold in gold_rows(questions, passages)]
+        if self._negatives_from is not None:
+            negatives = hard_negatives(questions, passages, self._negatives_from, self._num_negatives)
+            # Where there are too few the positive fills up: the loss takes equal passages for no negatives.
+            filled = np.where(negatives < 0, np.array(rows), negatives)
+            rows = [[*gold, *negative] for gold, negative in zip(rows, filled.tolist())]
+        return {
+            "id": np.array(known, np.int64),
+            "question": [question.question for question in questions],
+            "titles": [[passages.titles[row] for row in found] for found in rows],
+            "texts": [[passages.texts[row] for row in found] for found in rows],
+        }
