@@ -1,8 +1,8 @@
 """From files to a system that answers: parameters, vocabularies and index joined into an `Answerer`.
 
-`answerer_from_model` joins a system, parameters and an index, and `tokenise_questions` makes what the answerer is
-asked. Everything that must fit together is compared here: the index's vocabularies, width and passage encoder with
-the model's.
+`answerer_from_model` joins a system, parameters and an index; `tokenise_questions` makes what the answerer is
+asked. Everything that must fit together is compared here: the index's vocabularies, width and encoder with the
+model's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from expertrag_jax.retrieval.retriever import Retriever
 from expertrag_jax.training import pretrained
 from expertrag_jax.vocabulary import EOS_ID, Vocabulary
 
+READER_VOCABULARY, RETRIEVER_VOCABULARY = "vocabulary/reader.model", "vocabulary/retriever.model"
 RETRIEVE = ("gate", "always", "never")
 
 
@@ -96,14 +97,12 @@ def check_answers(system: Any) -> None:
 # The index
 
 
-def encoder_digest(system: Any, params: Any) -> str | None:
-    """What an index of this model's passage encoder carries; None where the model does not hold that encoder.
+def encoder_digest(params: Any) -> str | None:
+    """What an index made by this model's dual encoder carries; None where the model has no query encoder.
 
-    With shared towers the passage encoder is ``query_encoder``; otherwise it stays with the dual encoder's
-    training.
+    An index carries the digest of the query tower, shared or not: towers come in pairs.
     """
-    config = getattr(system, "retriever", None)
-    if config is None or not config.shared or "query_encoder" not in params:
+    if "query_encoder" not in params:
         return None
     return parameters_digest(jax.tree.map(np.asarray, dict(params["query_encoder"])))
 
@@ -116,7 +115,7 @@ def make_retriever(
 
     Args:
       programs: gives ``query_vectors``, unless the index is lexical.
-      reader_vocabulary, retriever_vocabulary: digests. encoder_digest: of the passage encoder, or None.
+      reader_vocabulary, retriever_vocabulary: digests. encoder_digest: see `encoder_digest`.
       dimension: D of the query vectors, None where there is no query encoder.
       max_batch: queries encoded at a time.
 
@@ -184,6 +183,11 @@ def answerer_from_model(
       UserError: parameters or an index that do not belong to the system.
     """
     check_answers(system)
+    if settings.answer_length > system.max_target_length:
+        raise UserError(
+            f"answer_length is {settings.answer_length} but the system decodes "
+            f"{system.max_target_length} tokens: lower answer_length or raise max_target_length."
+        )
     if isinstance(params, (str, Path)):
         params = load_params(system, params)
     programs = SystemPrograms(system, params, settings.answer_length)
@@ -193,7 +197,7 @@ def answerer_from_model(
         retriever = make_retriever(
             index_dir, programs, reader_vocabulary=reader_vocabulary.digest,
             retriever_vocabulary=(retriever_vocabulary or reader_vocabulary).digest,
-            encoder_digest=encoder_digest(system, params),
+            encoder_digest=encoder_digest(params),
             dimension=None if config is None else config.output_dim, max_batch=settings.buckets[-1],
         )
     return make_answerer(programs, retriever, policy, settings)

@@ -8,13 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expertrag_jax.assembly import AnswerSettings, check_answers, load_params
+from expertrag_jax.assembly import (
+    READER_VOCABULARY,
+    RETRIEVER_VOCABULARY,
+    AnswerSettings,
+    check_answers,
+    load_params,
+)
 from expertrag_jax.errors import UserError
 from expertrag_jax.systems.description import rebuild
 from expertrag_jax.training import pretrained
 from expertrag_jax.vocabulary import Vocabulary
 
-READER_VOCABULARY, RETRIEVER_VOCABULARY = "vocabulary/reader.model", "vocabulary/retriever.model"
 GATE_FILE = "gate.json"
 
 

@@ -40,6 +40,7 @@ HOUSE = (
     ("decoding", ("decoding",)),
     ("batch", ("batch",)),
     ("partitioning", ("partitioning",)),
+    ("directories", ("directories",)),
     ("errors", ("errors",)),
 )
 

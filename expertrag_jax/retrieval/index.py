@@ -9,19 +9,15 @@ A directory is never changed: a new version of an index is another directory, se
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import importlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from expertrag_jax import directories
 from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv, write_passages_tsv
 from expertrag_jax.retrieval.manifest import (
@@ -127,58 +123,6 @@ def _check_parts(passages: Passages, tokens: np.ndarray | None, vectors: np.ndar
             )
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(new: Path, old: Path) -> bool:
-    """Swap two directories in one step (Linux renameat2); False where the system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    at_cwd, exchange = -100, 2
-    return renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0
-
-
-def _install(built: Path, directory: Path) -> None:
-    """Move a finished directory to its name; an index that is there is replaced whole, then removed."""
-    if directory.exists() and any(directory.iterdir()):
-        if _exchange(built, directory):
-            shutil.rmtree(built)
-        else:
-            previous = built.with_name(built.name + ".previous")
-            os.rename(directory, previous)
-            os.rename(built, directory)
-            shutil.rmtree(previous)
-    else:
-        os.rename(built, directory)
-    _sync(directory.parent)
-
-
-@contextlib.contextmanager
-def _built_beside(directory: Path) -> Iterator[Path]:
-    """A new directory beside `directory`, gone if the block fails (a killed writer leaves it)."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    built = Path(tempfile.mkdtemp(prefix=f".{directory.name}.writing-", dir=directory.parent))
-    try:
-        os.chmod(built, 0o777 & ~_umask())  # mkdtemp's 0700 would hide the index from other users
-        yield built
-    except BaseException:
-        shutil.rmtree(built, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_index(
     directory: str | Path,
     index: Index,
@@ -211,7 +155,7 @@ def write_index(
     directory = Path(os.path.abspath(directory))
     check_writable(directory, overwrite)
     _check_parts(passages, passage_tokens, vectors)
-    with _built_beside(directory) as built:
+    with directories.built_beside(directory) as built:
         write_passages_tsv(passages, built / PASSAGES_NAME)
         if passage_tokens is not None:
             np.save(built / TOKENS_NAME, np.asarray(passage_tokens, np.int32), allow_pickle=False)
@@ -235,9 +179,9 @@ def write_index(
         )
         (built / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         for path in [*built.rglob("*"), built]:
-            _sync(path)
+            directories.sync(path)
         check_writable(directory, overwrite)
-        _install(built, directory)
+        directories.install(built, directory)
     return manifest
 
 

@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
+from expertrag_jax import directories
 from expertrag_jax.errors import UserError
-from expertrag_jax.retrieval import index as index_module
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.index import Queries, check_writable, make_index, open_index, write_index
 from expertrag_jax.retrieval.manifest import check_matches, parameters_digest, read_manifest
@@ -94,7 +94,7 @@ def test_an_index_is_not_overwritten_unless_asked(tmp_path, corpus):
 
 def test_overwriting_works_without_an_atomic_exchange(tmp_path, corpus, monkeypatch):
     write(tmp_path / "index", corpus)
-    monkeypatch.setattr(index_module, "_exchange", lambda new, old: False)
+    monkeypatch.setattr(directories, "exchange", lambda new, old: False)
     passages, vectors, tokens, queries = corpus
     second = write(tmp_path / "index", (passages, vectors * 2, tokens, queries), overwrite=True)
     assert open_index(tmp_path / "index").manifest.digest == second.digest
@@ -119,7 +119,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, corpus, monkeypatch):
     def fail(path):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(index_module, "_sync", fail)
+    monkeypatch.setattr(directories, "sync", fail)
     with pytest.raises(OSError, match="no space"):
         write(tmp_path / "index", corpus, overwrite=True)
     assert (
