@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.moe.experts import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,14 +14,15 @@ class TransformerConfig:
 
     Attributes:
       vocab_size: rows of the embedding; at least the vocabulary's size.
-      embed_dim: model width d. num_heads, head_dim: attention heads and their width. mlp_dim: feed-forward width.
+      embed_dim: model width d. num_heads, head_dim: attention heads and their width.
+      mlp_dim: feed-forward width, of one expert in a sparse layer.
       num_encoder_layers, num_decoder_layers: depth.
       mlp_activations: one name (ungated) or two (gated, T5 1.1): ``gelu``, ``relu``, ``silu``, ``linear``.
-      dropout_rate: on embeddings, attention weights, feed-forward hidden units and residual branches.
+      dropout_rate: on embeddings, attention weights, dense feed-forward hidden units and residual branches.
       logits_via_embedding: tie the output layer to the embedding and scale by d^-0.5.
-      dtype: activations, ``float32`` or ``bfloat16``; parameters, softmax and routing stay float32.
-      num_experts: experts per sparse layer, 0 for a dense model. expert_layer_period: layer i is sparse if
-        i % period == period - 1. num_selected_experts: k.
+      dtype: activations, ``float32`` or ``bfloat16``; parameters, softmax, routing and logits stay float32.
+      num_experts: experts per sparse layer, 0 for a dense model. num_selected_experts: k.
+      expert_layer_period: layer i is sparse if i % period == period - 1.
       train_expert_capacity_factor, eval_expert_capacity_factor: slots per expert relative to a uniform load;
         None for evaluation drops nothing. expert_group_size: upper bound of tokens in a routing group.
       router_jitter: multiplicative noise on router inputs in training.
@@ -54,17 +56,24 @@ class TransformerConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        for name in self.mlp_activations:
+            if name not in ACTIVATIONS:
+                raise UserError(f"mlp_activations names {name!r}; there are {', '.join(ACTIVATIONS)}.")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"TransformerConfig.dtype is {self.dtype!r}; use 'float32' or 'bfloat16'.")
         if self.remat not in ("none", "full", "dots"):
             raise UserError(f"TransformerConfig.remat is {self.remat!r}; use 'none', 'full' or 'dots'.")
-        if self.num_experts and self.num_selected_experts > self.num_experts:
-            raise UserError(f"{self.num_selected_experts} experts are selected per token but there are {self.num_experts}.")
+        if self.num_experts and not 1 <= self.num_selected_experts <= self.num_experts:
+            raise UserError(
+                f"NUM_SELECTED_EXPERTS is {self.num_selected_experts}: it must lie between 1 and "
+                f"NUM_EXPERTS={self.num_experts}."
+            )
         if self.scan_layers:
             for depth in (self.num_encoder_layers, self.num_decoder_layers):
                 if depth % self.block_size:
                     raise UserError(
-                        f"scan_layers needs a depth that is a multiple of expert_layer_period={self.block_size}, not {depth}."
+                        "scan_layers needs a depth that is a multiple of "
+                        f"expert_layer_period={self.block_size}, not {depth}."
                     )
 
     @property

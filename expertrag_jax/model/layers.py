@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from expertrag_jax.model.config import TransformerConfig
-from expertrag_jax.moe.layer import MixtureOfExperts, activation
+from expertrag_jax.moe.experts import ACTIVATIONS, input_names
+from expertrag_jax.moe.layer import MixtureOfExperts
 from expertrag_jax.partitioning import constrain
 
 Array = jax.Array
@@ -27,10 +28,12 @@ class Dense(nn.Module):
     scale: float = 1.0  # variance of the initialiser relative to 1 / fan_in
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, result: jnp.dtype | None = None) -> Array:
+        """x [..., D] -> [..., features], accumulated and given in the dtype ``result`` (None: that of x)."""
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (x.shape[-1], self.features))
-        return jnp.dot(x, kernel.astype(x.dtype))
+        kernel = nn.with_logical_partitioning(init, self.axes)
+        kernel = self.param("kernel", kernel, (x.shape[-1], self.features))
+        return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=result)
 
 
 class RMSNorm(nn.Module):
@@ -40,7 +43,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],))
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],)
+        )
         wide = x.astype(jnp.float32)
         normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
         return (normal * scale).astype(x.dtype)
@@ -61,8 +66,8 @@ class Embed(nn.Module):
         return jnp.take(self.embedding, tokens, axis=0).astype(dtype)
 
     def attend(self, x: Array) -> Array:
-        """x [..., D] -> logits [..., vocab]."""
-        return jnp.dot(x, self.embedding.T.astype(x.dtype))
+        """x [..., D] -> logits [..., vocab] float32."""
+        return jnp.dot(x, self.embedding.T.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def relative_bucket(distance: Array, bidirectional: bool, buckets: int, max_distance: int) -> Array:
@@ -95,7 +100,9 @@ class RelativePositionBias(nn.Module):
         init = nn.with_logical_partitioning(init, ("heads", "relpos_buckets"))
         table = self.param("rel_embedding", init, (config.num_heads, config.relative_buckets))
         distance = key_positions[None, :] - query_positions[:, None]
-        bucket = relative_bucket(distance, self.bidirectional, config.relative_buckets, config.relative_max_distance)
+        bucket = relative_bucket(
+            distance, self.bidirectional, config.relative_buckets, config.relative_max_distance
+        )
         return table[:, bucket][None]
 
 
@@ -116,7 +123,7 @@ class Attention(nn.Module):
         self.key = Dense(joined, ("embed", "joined_kv"))
         self.value = Dense(joined, ("embed", "joined_kv"))
         self.out = Dense(config.embed_dim, ("joined_kv", "embed"))
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))  # all queries alike, as in T5X
 
     def keys_values(self, x: Array) -> tuple[Array, Array]:
         """x [B, M, D] -> keys and values [B, M, H, A]."""
@@ -147,9 +154,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array, valid: Array, deterministic: bool) -> Array:
         config, names = self.config, self.config.mlp_activations
         hidden = 1
-        for index, name in enumerate(names):
-            label = "wi" if len(names) == 1 else f"wi_{index}"
-            hidden = hidden * activation(name)(Dense(config.mlp_dim, ("embed", "mlp"), name=label)(x))
+        for label, name in zip(input_names(names), names):
+            hidden = hidden * ACTIVATIONS[name](Dense(config.mlp_dim, ("embed", "mlp"), name=label)(x))
         hidden = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
         hidden = constrain(hidden, "batch", "length", "mlp")
         return Dense(config.embed_dim, ("mlp", "embed"), name="wo")(hidden)

@@ -8,7 +8,6 @@ The axis ``tensor`` splits the experts' hidden width; its partial sums are added
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -16,39 +15,45 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from expertrag_jax import partitioning
+from expertrag_jax.errors import UserError
 from expertrag_jax.moe import dispatch, routing
+from expertrag_jax.moe.experts import Kernels, expert_feed_forward, expert_kernels, router_kernel
 
-KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,))
-
-
-def expert_feed_forward(kernels: dict, buffers: jax.Array, activations: Sequence[str]) -> jax.Array:
-    """Every expert on its own buffer: [E, N, D] -> [E, N, D]; gated when there are two activations."""
-    hidden = 1
-    for index, name in enumerate(activations):
-        kernel = kernels["wi" if len(activations) == 1 else f"wi_{index}"].astype(buffers.dtype)
-        hidden = hidden * activation(name)(jnp.matmul(buffers, kernel))
-    return jnp.matmul(hidden, kernels["wo"].astype(buffers.dtype))
+EXACT_CAPACITY_FACTOR = 2.0
+"""Slots of the fast path where nothing may be dropped; a fuller expert sends the batch down the slow path."""
 
 
-def activation(name: str):
-    """A function by T5X's name: ``gelu`` (tanh form), ``relu``, ``silu`` or ``linear``."""
-    return {"linear": lambda x: x, "gelu": functools.partial(nn.gelu, approximate=True), "relu": nn.relu, "silu": nn.silu}[name]
-
-
-def mixture(x, router_input, valid, router_kernel, kernels, *, k, capacity, exact, activations, expert_axis=1, reduce_axes=()):
+def mixture(
+    x: jax.Array,
+    router_input: jax.Array,
+    valid: jax.Array,
+    router_weights: jax.Array,
+    kernels: dict,
+    *,
+    k: int,
+    capacity: int,
+    exact: bool,
+    activations: tuple[str, ...],
+    expert_axis: int = 1,
+    reduce_axes: tuple[str, ...] = (),
+) -> tuple[jax.Array, routing.RouterStatistics]:
     """Routes and runs one device's groups.
 
     Args:
-      x, router_input: [G, S, D] tokens, and what the router sees (x, or x with jitter).
+      x: [G, S, D] tokens. router_input: [G, S, D], what the router sees (x, or x with jitter).
       valid: [G, S] bool.
-      router_kernel: [D, E]; kernels: dict of [E_local, D, F] / [E_local, F, D].
-      capacity: slots per expert and group. exact: repeat with room for every token if any was dropped.
+      router_weights: [D, E]; kernels: dict of [E_local, D, F] / [E_local, F, D].
+      k: experts per token. capacity: slots per expert and group.
+      exact: repeat with room for every token if any was dropped.
+      activations: as in the dense layer.
       expert_axis: size of the mesh axis ``expert`` (1: no exchange). reduce_axes: mesh axes in use.
     Returns:
       ([G, S, D], RouterStatistics)
     """
-    num_experts = router_kernel.shape[-1]
-    logits = jnp.einsum("gsd,de->gse", router_input.astype(jnp.float32), router_kernel.astype(jnp.float32))
+    num_experts, size = router_weights.shape[-1], x.shape[1]
+    logits = jnp.einsum(
+        "gsd,de->gse", router_input.astype(jnp.float32), router_weights, precision=jax.lax.Precision.HIGHEST
+    )
     choice = routing.route(logits, valid, k)
     buckets = routing.fill_buckets(choice, num_experts, capacity)
     figures = routing.statistics(logits, choice, buckets)
@@ -68,11 +73,10 @@ def mixture(x, router_input, valid, router_kernel, kernels, *, k, capacity, exac
         outputs = local.transpose(1, 0, 2, 3).reshape(groups, num_experts * capacity, width)
         return dispatch.combine(outputs, choice.weight, buckets)
 
-    size = x.shape[1]
     if not exact or capacity >= size:
         return run(buckets, capacity), figures
     overflow = (figures.dropped * figures.tokens).sum()
-    if reduce_axes:
+    if reduce_axes:  # all devices take the same path: the exchange needs every one of them
         overflow = jax.lax.psum(overflow, reduce_axes)
     y = jax.lax.cond(
         overflow > 0,
@@ -82,64 +86,24 @@ def mixture(x, router_input, valid, router_kernel, kernels, *, k, capacity, exac
     return y, figures.replace(dropped=jnp.zeros_like(figures.dropped))
 
 
-class _Router(nn.Module):
-    """Holds the router's kernel at T5X's path ``router/router_weights/w/kernel``."""
-
-    num_experts: int
-
-    @nn.compact
-    def __call__(self, width: int) -> jax.Array:
-        return _Kernel((width, self.num_experts), ("embed", "unmodeled"), nn.initializers.normal(2e-2), name="w")()
-
-
-class _Kernel(nn.Module):
-    """One parameter called ``kernel``."""
-
-    shape: tuple
-    axes: tuple
-    init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.param("kernel", nn.with_logical_partitioning(self.init, self.axes), self.shape, jnp.float32)
-
-
-class _RouterWeights(nn.Module):
-    num_experts: int
-
-    @nn.compact
-    def __call__(self, width: int) -> jax.Array:
-        return _Router(self.num_experts, name="router_weights")(width)
-
-
-class _Experts(nn.Module):
-    num_experts: int
-    hidden: int
-    activations: tuple
-
-    @nn.compact
-    def __call__(self, width: int) -> dict:
-        names = ["wi"] if len(self.activations) == 1 else [f"wi_{i}" for i in range(len(self.activations))]
-        shape, axes = (self.num_experts, width, self.hidden), ("expert", "embed", "expert_mlp")
-        kernels = {name: _Kernel(shape, axes, KERNEL_INIT, name=name)() for name in names}
-        shape, axes = (self.num_experts, self.hidden, width), ("expert", "expert_mlp", "embed")
-        return kernels | {"wo": _Kernel(shape, axes, KERNEL_INIT, name="wo")()}
-
-
 class MixtureOfExperts(nn.Module):
     """A sparse feed-forward layer with the parameter tree of T5X's Switch models.
 
     Attributes:
       num_experts: E. hidden: width F of one expert. activations: as in the dense layer.
-      k: experts per token. train_capacity_factor, eval_capacity_factor: slots per expert over a uniform load;
-        None for evaluation means that nothing is ever dropped.
+      k: experts per token.
+      train_capacity_factor, eval_capacity_factor: slots per expert over a uniform load; None for evaluation
+        means that nothing is ever dropped.
       group_size: upper bound of tokens per routing group. jitter: multiplicative noise on the router's input.
     Sows ``RouterStatistics`` into the collection ``router``.
+    Raises:
+      UserError: in training under a mesh, when the routing groups do not divide over the batch shards, or the
+        experts over the mesh axis ``expert``.
     """
 
     num_experts: int
     hidden: int
-    activations: tuple = ("gelu", "linear")
+    activations: tuple[str, ...] = ("gelu", "linear")
     k: int = 1
     train_capacity_factor: float = 1.25
     eval_capacity_factor: float | None = None
@@ -149,45 +113,66 @@ class MixtureOfExperts(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array, deterministic: bool) -> jax.Array:
         """x [B, L, D], valid [B, L] bool -> [B, L, D]."""
-        batch, length, width = x.shape
-        router_kernel = _RouterWeights(self.num_experts, name="router")(width)
-        kernels = _Experts(self.num_experts, self.hidden, self.activations, name="expert")(width)
+        width = x.shape[-1]
+        router = Kernels(router_kernel(self.num_experts, width), name="router")()
+        wanted = expert_kernels(self.num_experts, width, self.hidden, self.activations)
+        kernels = Kernels(wanted, name="expert")()
+        exact = deterministic and self.eval_capacity_factor is None
         sizes = partitioning.mesh_axis_sizes()
-        shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-        tokens = batch * length
-        size = routing.group_size_for(tokens, self.group_size, shards if not deterministic else 1)
-        sharded = max(sizes.values()) > 1 and (tokens // size) % shards == 0
-        if max(sizes.values()) > 1 and not sharded and tokens % shards == 0:  # evaluation drops nothing: regroup freely
-            size, sharded = tokens // shards, True
-        groups = x.reshape(-1, size, width)
-        router_input = groups
-        if self.jitter and not deterministic:
-            noise = jax.random.uniform(self.make_rng("jitter"), groups.shape, groups.dtype, 1 - self.jitter, 1 + self.jitter)
-            router_input = groups * noise
-        factor = self.train_capacity_factor if not deterministic else (self.eval_capacity_factor or 2.0)
+        size, sharded = self._grouping(x.shape[0] * x.shape[1], sizes, deterministic, exact)
+        factor = self.train_capacity_factor if not deterministic else self.eval_capacity_factor
         run = functools.partial(
-            mixture, k=self.k, activations=self.activations, exact=deterministic and self.eval_capacity_factor is None,
-            capacity=routing.expert_capacity(size, self.num_experts, self.k, factor),
+            mixture,
+            k=self.k,
+            activations=self.activations,
+            exact=exact,
+            capacity=routing.expert_capacity(
+                size, self.num_experts, self.k, EXACT_CAPACITY_FACTOR if exact else factor
+            ),
         )
         if sharded:
             run = _shard(run, kernels, sizes, self.num_experts)
-        y, figures = run(groups, router_input, valid.reshape(-1, size), router_kernel, kernels)
+        weights = router["router_weights"]["w"]
+        groups = x.reshape(-1, size, width)
+        router_input = groups
+        if self.jitter and not deterministic:
+            noise = jax.random.uniform(
+                self.make_rng("jitter"), groups.shape, jnp.float32, 1 - self.jitter, 1 + self.jitter
+            )
+            router_input = groups.astype(jnp.float32) * noise
+        y, figures = run(groups, router_input, valid.reshape(-1, size), weights, kernels)
         self.sow("router", "statistics", figures)
         return y.reshape(x.shape)
 
+    def _grouping(self, tokens: int, sizes: dict, deterministic: bool, exact: bool) -> tuple[int, bool]:
+        """Tokens per routing group, and whether the groups are spread over the mesh.
 
-def _shard(run, kernels, sizes, num_experts):
+        In training the groups must divide over the batch shards. In evaluation they need not (the last batch
+        may be small): the layer then runs on whole arrays and the compiler shards it.
+        """
+        shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+        size = routing.group_size_for(tokens, self.group_size, 1 if deterministic else shards)
+        if max(sizes.values()) == 1:
+            return size, False
+        if exact and (tokens // size) % shards and tokens % shards == 0:
+            size = tokens // shards  # nothing is dropped, so groups mean nothing
+        return size, (tokens // size) % shards == 0
+
+
+def _shard(run, kernels: dict, sizes: dict, num_experts: int):
     """Wraps ``mixture`` in a shard_map over the context mesh."""
     if num_experts % sizes["expert"]:
-        from expertrag_jax.errors import UserError
-
-        raise UserError(f"{num_experts} experts do not divide over the mesh axis expert={sizes['expert']}.")
-    batch = PartitionSpec(("data", "fsdp", "expert"))
-    kernel_specs = {
-        name: PartitionSpec("expert", "tensor", None) if name == "wo" else PartitionSpec("expert", None, "tensor")
-        for name in kernels
-    }
-    run = functools.partial(run, expert_axis=sizes["expert"], reduce_axes=("data", "fsdp", "expert", "tensor"))
+        raise UserError(
+            f"{num_experts} experts do not divide over the mesh axis expert={sizes['expert']}: make "
+            "NUM_EXPERTS a multiple of it."
+        )
+    batch = PartitionSpec(partitioning.BATCH_AXES)
+    into, back = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor", None)
+    kernel_specs = {name: back if name == "wo" else into for name in kernels}
+    run = functools.partial(run, expert_axis=sizes["expert"], reduce_axes=partitioning.MESH_AXES)
     return jax.shard_map(
-        run, in_specs=(batch, batch, batch, PartitionSpec(), kernel_specs), out_specs=(batch, batch), check_vma=False
+        run,
+        in_specs=(batch, batch, batch, PartitionSpec(), kernel_specs),
+        out_specs=(batch, batch),
+        check_vma=False,
     )

@@ -1,8 +1,9 @@
 """Who goes where: token-choice routing, its losses and its statistics.
 
 Shapes: G routing groups, S tokens per group, E experts, k selected experts, C expert capacity.
-All arithmetic is float32 whatever the activations are. Padding (``valid`` False) takes no capacity and enters
-no statistic. Sources: Switch Transformer (arXiv 2101.03961, section 2.2), ST-MoE (arXiv 2202.08906, equation 5).
+All arithmetic is float32 whatever the activations are. Padding (``valid`` False) takes no capacity and
+enters no statistic. Sources: Switch Transformer (arXiv 2101.03961, section 2.2), ST-MoE (arXiv 2202.08906,
+equation 5).
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Buckets:
 
     Attributes:
       slot: [G, S, k] int32, ``expert * C + position`` of each choice, or ``E * C`` when dropped.
-      token: [G, E * C] int32, the flat choice ``token * k + choice`` that fills each slot, or ``S * k`` when empty.
+      token: [G, E * C] int32, the flat choice ``token * k + choice`` that fills each slot, or ``S * k`` when
+        the slot is empty.
     """
 
     slot: jax.Array
@@ -70,10 +72,13 @@ class RouterStatistics:
 
 
 def group_size_for(num_tokens: int, group_size: int, batch_shards: int = 1) -> int:
-    """The largest divisor of ``num_tokens`` that is at most ``group_size``; independent of the mesh.
+    """Tokens per routing group, independent of the mesh.
+
+    It is the largest divisor of ``num_tokens`` that is at most ``group_size``.
 
     Raises:
-      UserError: when the number of groups is not a multiple of ``batch_shards``; names the nearest group sizes.
+      UserError: when the number of groups is not a multiple of ``batch_shards``; names the nearest group
+        sizes.
     """
     divisors = [d for d in range(1, math.isqrt(num_tokens) + 1) if num_tokens % d == 0]
     divisors = sorted({*divisors, *(num_tokens // d for d in divisors)})
@@ -81,10 +86,14 @@ def group_size_for(num_tokens: int, group_size: int, batch_shards: int = 1) -> i
     if (num_tokens // size) % batch_shards:
         fitting = [d for d in divisors if (num_tokens // d) % batch_shards == 0]
         nearest = sorted(fitting, key=lambda d: abs(d - group_size))[:3]
-        hint = f"nearest group sizes that do: {sorted(nearest)}" if nearest else "no group size does: change the batch size"
+        hint = (
+            f"nearest group sizes that do: {sorted(nearest)}"
+            if nearest
+            else "no group size does: change the batch size"
+        )
         raise UserError(
-            f"{num_tokens} tokens in routing groups of {size} make {num_tokens // size} groups, which do not divide "
-            f"over {batch_shards} batch shards; {hint}."
+            f"{num_tokens} tokens in routing groups of {size} make {num_tokens // size} groups, which do not "
+            f"divide over {batch_shards} batch shards; {hint}."
         )
     return size
 
@@ -100,23 +109,25 @@ def route(logits: jax.Array, valid: jax.Array, k: int, renormalise: bool | None 
     Args:
       logits: [G, S, E] float32 router logits.
       valid: [G, S] bool.
-      k: experts per token. k = 1 weighs the expert by its probability (Switch); k > 1 renormalises the chosen
-        probabilities to sum to 1 (Mixtral) unless ``renormalise`` says otherwise.
+      k: experts per token.
+      renormalise: whether the weights of a token's experts sum to 1; None: for k > 1 (Mixtral), while k = 1
+        weighs the expert by its probability (Switch).
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     if k == 1:
-        index = jnp.argmax(probabilities, axis=-1, keepdims=True).astype(jnp.int32)
-        weight = jnp.take_along_axis(probabilities, index, axis=-1)
+        index = jnp.argmax(probabilities, axis=-1, keepdims=True)
     else:
-        weight, index = jax.lax.top_k(probabilities, k)
-    if renormalise if renormalise is not None else k > 1:
+        index = jax.lax.top_k(jax.lax.stop_gradient(probabilities), k)[1]
+    # A product with one-hot rows, not a gather: its gradient is a product again and not a scatter.
+    weight = (probabilities[:, :, None] * jax.nn.one_hot(index, logits.shape[-1])).sum(-1)
+    if renormalise or (renormalise is None and k > 1):
         weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-9)
     weight = jnp.where(valid[..., None], weight, 0.0)
     return Routing(probabilities, index.astype(jnp.int32), weight, valid)
 
 
 def fill_buckets(routing: Routing, num_experts: int, capacity: int) -> Buckets:
-    """Assigns choices to slots in Switch's order: all first choices in token order, then all second choices, ...
+    """Assigns choices to slots in Switch's order: all first choices in token order, then all second choices.
 
     A choice whose expert is full is dropped: exactly the choices that Switch's cumulative-sum rule drops.
     """
@@ -138,8 +149,9 @@ def fill_buckets(routing: Routing, num_experts: int, capacity: int) -> Buckets:
 def statistics(logits: jax.Array, routing: Routing, buckets: Buckets | None) -> RouterStatistics:
     """Losses and figures per group; ``logits`` [G, S, E] float32.
 
-    Balance loss (Switch, equation 4): E * sum_e f_e P_e with f_e the fraction of first choices and P_e the mean
-    probability. Router z-loss (ST-MoE, equation 5): mean of logsumexp(logits)^2. Both over valid tokens only.
+    Balance loss (Switch, equation 4): E * sum_e f_e P_e with f_e the fraction of first choices and P_e the
+    mean probability. Router z-loss (ST-MoE, equation 5): mean of logsumexp(logits)^2. Both over valid tokens
+    only.
     """
     num_experts = logits.shape[-1]
     valid = routing.valid.astype(jnp.float32)
