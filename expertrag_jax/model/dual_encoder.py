@@ -1,8 +1,8 @@
 """The retriever's dual encoder: a question tower and a passage tower into one vector space.
 
-A tower embeds tokens, runs a small T5 encoder (``num_layers`` may be 0: a bag of weighted tokens), pools with learned
-token weights, projects to D and normalises. Score of a question and a passage: the inner product (DPR,
-arXiv 2004.04906, equation 1).
+A tower embeds tokens, runs a small T5 encoder (``num_layers`` may be 0: a bag of weighted tokens), pools with
+learned token weights, projects to D and normalises. Score of a question and a passage: the inner product
+(DPR, arXiv 2004.04906, equation 1).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class DualEncoderConfig:
     """Sizes of the towers.
 
     Attributes:
-      vocab_size: rows of the embedding. embed_dim: width of a token. num_layers, num_heads, head_dim, mlp_dim: encoder.
+      vocab_size: rows of the embedding. embed_dim: width of a token.
+      num_layers, num_heads, head_dim, mlp_dim: the encoder.
       output_dim: D, width of a question or passage vector.
       shared: one tower for both sides (fewer parameters, and names match from the first step).
       dropout_rate: inside the encoder. dtype: activations.
@@ -45,9 +46,15 @@ class DualEncoderConfig:
     def transformer(self) -> TransformerConfig:
         """The tower's encoder as a TransformerConfig."""
         return TransformerConfig(
-            vocab_size=self.vocab_size, embed_dim=self.embed_dim, num_heads=self.num_heads, head_dim=self.head_dim,
-            mlp_dim=self.mlp_dim, num_encoder_layers=self.num_layers, num_decoder_layers=0,
-            dropout_rate=self.dropout_rate, dtype=self.dtype,
+            vocab_size=self.vocab_size,
+            embed_dim=self.embed_dim,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            mlp_dim=self.mlp_dim,
+            num_encoder_layers=self.num_layers,
+            num_decoder_layers=0,
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype,
         )
 
 
@@ -60,7 +67,9 @@ class Tower(nn.Module):
     def __call__(self, tokens: Array, deterministic: bool = True) -> Array:
         config = self.config
         valid = tokens > 0
-        x = parts.Embed(config.vocab_size, config.embed_dim, name="token_embedder")(tokens, jnp.dtype(config.dtype))
+        x = parts.Embed(config.vocab_size, config.embed_dim, name="token_embedder")(
+            tokens, jnp.dtype(config.dtype)
+        )
         weight = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
         weight = self.param("token_weight", weight, (config.vocab_size,))
         if config.num_layers:

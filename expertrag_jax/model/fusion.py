@@ -1,11 +1,11 @@
 """How evidence joins the question (ExpertRAG, arXiv 2504.08744, section 3.3).
 
-* ``per_passage``: every passage is encoded with the question in a batch of its own, and the decoder attends to all of
-  them together (Fusion-in-Decoder, arXiv 2007.01282). Cost is linear in the number of passages, and small readers learn
-  to read this way.
+* ``per_passage``: every passage is encoded with the question as a row of its own, and the decoder attends to
+  all of them together (Fusion-in-Decoder, arXiv 2007.01282). Cost is linear in the number of passages, and
+  small readers learn to read this way.
 * ``concatenate``: the paper's primary form, one encoder input ``question, passage 1, ..., passage K``.
-* ``augment``: the paper's augmentation module, h_fused = sum_j alpha_j T_j(h_j) over the pooled question and passages,
-  prepended to the memory of the question as one more context vector.
+* ``augment``: the paper's augmentation module, h_fused = sum_j alpha_j T_j(h_j) over the pooled question and
+  passages, prepended to the memory of the question as one more context vector.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def mean_pool(states: jax.Array, mask: jax.Array) -> jax.Array:
 class Augmentation(nn.Module):
     """h_fused = sum_j alpha_j T_j(h_j) (section 3.3, "augmentation module"), j over question and passages.
 
-    T_0 is the question's transformation and T_1 is shared by the passages, so that K is free; alpha is a softmax of
-    learned scores of (h_q, h_j).
+    T_0 is the question's transformation and T_1 is shared by the passages, so that K is free; alpha is a
+    softmax of learned scores of (h_q, h_j). An absent passage has no weight.
     """
 
     width: int

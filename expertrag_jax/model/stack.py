@@ -1,8 +1,9 @@
 """A stack of equal layers, unrolled or scanned, behind one loop.
 
-Unrolled, the layers are modules ``layers_0, layers_1, ...`` and per-layer values are a tuple of length N. Scanned,
-one block of ``config.block_size`` layers is compiled once; its parameters are stacked on axis 1 (as T5X stores
-them) under ``layers``, and per-layer values are stacked on axis 0 (for blocks of n > 1: a tuple of n such stacks).
+Unrolled, the layers are modules ``layers_0, layers_1, ...`` and per-layer values are a tuple of length N.
+Scanned, one block of ``config.block_size`` layers is compiled once; its parameters are stacked on axis 1 (as
+T5X stores them) under ``layers``, and per-layer values are stacked on axis 0 (for blocks of n > 1: a tuple of
+n such stacks).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def make_layers(layer_class: type[nn.Module], config: TransformerConfig, depth: 
     return layer_class(config, 0) if config.block_size == 1 else Block(layer_class, config)
 
 
-def run_layers(layers, config: TransformerConfig, body: Callable, carry: Any, inputs: Any = None, *, depth: int):
+def run_layers(
+    layers, config: TransformerConfig, body: Callable, carry: Any, inputs: Any = None, *, depth: int
+):
     """Calls ``carry, output = body(layer, carry, input)`` layer after layer.
 
     Args:

@@ -1,8 +1,8 @@
-"""The T5-style encoder-decoder, written for two readers: training (all positions) and decoding (one position).
+"""The T5-style encoder-decoder, for two uses: training (all positions) and decoding (one position).
 
-The decoder never sees encoder states. It sees a ``Memory``: cross-attention keys and values per decoder layer,
-computed once per input. So a training step, a cached decoding step and an exported program share one code path,
-and the memory of several passages is the concatenation of their memories.
+The decoder never sees encoder states. It sees a ``Memory``: cross-attention keys and values per decoder
+layer, computed once per input. So a training step, a cached decoding step and an exported program share one
+code path, and the memory of several passages is the concatenation of their memories.
 
 Shapes: B batch, L input length, M memory length, T target length, N decoder layers, H heads, A head width.
 """
@@ -90,7 +90,9 @@ class DecoderLayer(nn.Module):
     def __call__(self, y, keys, values, self_bias, cross_bias, valid, deterministic):
         """y [B, T, D]: all positions at once."""
         normal = self.pre_self_attention_layer_norm(y)
-        y = y + self.dropout(self.self_attention(normal, self_bias, deterministic), deterministic=deterministic)
+        y = y + self.dropout(
+            self.self_attention(normal, self_bias, deterministic), deterministic=deterministic
+        )
         return self._rest(y, keys, values, cross_bias, valid, deterministic)
 
     def step(self, y, keys, values, cached_keys, cached_values, position, self_bias, cross_bias, valid):
@@ -107,7 +109,8 @@ class DecoderLayer(nn.Module):
         mixed = self.encoder_decoder_attention.attend(normal, keys, values, cross_bias, deterministic)
         y = y + self.dropout(mixed, deterministic=deterministic)
         normal = self.pre_mlp_layer_norm(y)
-        return y + self.dropout(self.mlp(normal, valid, deterministic), deterministic=deterministic)
+        y = y + self.dropout(self.mlp(normal, valid, deterministic), deterministic=deterministic)
+        return parts.constrain(y, "batch", "length", None)
 
 
 class Encoder(nn.Module):
@@ -129,7 +132,10 @@ class Encoder(nn.Module):
         bias = self.relpos_bias(positions, positions) + parts.attention_mask(same)[:, None]
         x = self.dropout(x, deterministic=deterministic)
         x, _ = run_layers(
-            self.layers, self.config, lambda layer, x, _: (layer(x, bias, segments > 0, deterministic), None), x,
+            self.layers,
+            self.config,
+            lambda layer, x, _: (layer(x, bias, segments > 0, deterministic), None),
+            x,
             depth=self.config.num_encoder_layers,
         )
         return self.dropout(self.encoder_norm(x), deterministic=deterministic)
@@ -171,7 +177,8 @@ class Decoder(nn.Module):
         y = self.dropout(y, deterministic=deterministic)
         y, _ = self._run(
             lambda layer, y, kv: (layer(y, *kv, self_bias, cross_bias, segments > 0, deterministic), None),
-            y, memory.layers,
+            y,
+            memory.layers,
         )
         return self.dropout(self.decoder_norm(y), deterministic=deterministic)
 
@@ -185,7 +192,9 @@ class Decoder(nn.Module):
 
         def body(layer, y, inputs):
             memory_pair, cached_pair = inputs
-            return layer.step(y, *memory_pair, *cached_pair, cache.position, self_bias, cross_bias, valid[:, None])
+            return layer.step(
+                y, *memory_pair, *cached_pair, cache.position, self_bias, cross_bias, valid[:, None]
+            )
 
         y, layers = self._run(body, y, pair_layers(self.config, memory.layers, cache.layers))
         return self.decoder_norm(y), DecoderCache(layers, cache.position + 1)
@@ -229,8 +238,10 @@ class Transformer(nn.Module):
 
     def _output(self, y: Array) -> Array:
         if self.config.logits_via_embedding:
-            return self.token_embedder.attend(y / self.config.embed_dim**0.5).astype(jnp.float32)
-        return self.decoder.logits_dense(y).astype(jnp.float32)
+            logits = self.token_embedder.attend(y) / self.config.embed_dim**0.5
+        else:
+            logits = self.decoder.logits_dense(y, jnp.float32)
+        return parts.constrain(logits, "batch", "length", "vocab")
 
     def __call__(self, encoder_tokens: Array, decoder_tokens: Array) -> Array:
         """Touches every parameter, for initialisation: tokens [B, L], [B, T] -> logits [B, T, vocab]."""
@@ -243,12 +254,14 @@ def empty_cache(config: TransformerConfig, batch: int, length: int) -> DecoderCa
     """A cache with room for ``length`` positions of ``batch`` rows."""
     shape = (batch, length, config.num_heads, config.head_dim)
     return DecoderCache(
-        layered(config, config.num_decoder_layers, lambda prefix: (jnp.zeros(prefix + shape, config.dtype),) * 2),
+        layered(
+            config, config.num_decoder_layers, lambda prefix: (jnp.zeros(prefix + shape, config.dtype),) * 2
+        ),
         jnp.zeros((), jnp.int32),
     )
 
 
 def take_rows(tree: Any, rows: Array, config: TransformerConfig) -> Any:
-    """Rows of a Memory's or DecoderCache's ``layers``; the batch axis comes after the scanned axis, if any."""
+    """Rows of a Memory's or DecoderCache's ``layers``; the batch axis is behind the scanned one, if any."""
     axis = 1 if config.scan_layers else 0
     return jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), tree)
