@@ -1,8 +1,8 @@
 """Greedy search, sampling and beam search over any cached step function.
 
-A step function is ``step(tokens [N] int32, cache) -> (log_probs [N, V] float32, cache)``. Nothing else is known
-about the model: the same loops decode a fresh system and a program read from an export. All loops have static
-shapes and stop when every row has emitted EOS. Shapes: B rows, T steps, V vocabulary, W beams.
+A step function is ``step(tokens [N] int32, cache) -> (log_probs [N, V] float32, cache)``. Nothing else is
+known about the model: the same loops decode a fresh system and a program read from an export. All loops have
+static shapes and stop when every row has emitted EOS. Shapes: B rows, T steps, V vocabulary, W beams.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ Step = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 Choose = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def generate(step: Step, cache: Any, first_log_probs: jax.Array, length: int, choose: Choose, active: jax.Array):
+def generate(
+    step: Step, cache: Any, first_log_probs: jax.Array, length: int, choose: Choose, active: jax.Array
+):
     """Decodes from the log-probabilities of the first position.
 
     Args:
       step: the cached step function.
       cache: its state after the first position.
-      first_log_probs: [B, V] float32, log-probabilities of the first token (a gate may have looked at them already).
+      first_log_probs: [B, V] float32, log-probabilities of the first token (a gate may have looked at them).
       length: T, tokens at most, EOS included.
       choose: (log_probs [B, V], step number) -> tokens [B] int32.
       active: [B] bool; an inactive row is padding and stays so.
     Returns:
-      (tokens [B, T] int32, padded with 0 behind EOS; score [B] float32, the sum of the chosen log-probabilities)
+      (tokens [B, T] int32, padded with 0 behind EOS; score [B] float32, the sum of the chosen
+      log-probabilities)
     """
     rows = first_log_probs.shape[0]
 
@@ -57,16 +60,29 @@ def generate(step: Step, cache: Any, first_log_probs: jax.Array, length: int, ch
 
 def greedy(step: Step, cache: Any, first_log_probs: jax.Array, length: int, active: jax.Array):
     """The likeliest token at every position; arguments and result as in ``generate``."""
-    return generate(step, cache, first_log_probs, length, lambda log_probs, _: jnp.argmax(log_probs, -1), active)
+    return generate(
+        step, cache, first_log_probs, length, lambda log_probs, _: jnp.argmax(log_probs, -1), active
+    )
 
 
-def sample(step, cache, first_log_probs, length, active, rng, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+def sample(
+    step,
+    cache,
+    first_log_probs,
+    length,
+    active,
+    rng,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+):
     """Ancestral sampling; arguments and result as in ``generate``.
 
     Args:
       rng: a PRNG key. temperature: divides the log-probabilities. top_k: keep the k likeliest (0: all).
-      top_p: keep the smallest set of likeliest tokens whose probability reaches p (nucleus, arXiv 1904.09751).
-    Note that the score is the log-probability under the untempered distribution.
+      top_p: keep the smallest set of likeliest tokens whose probability reaches p (nucleus sampling, arXiv
+        1904.09751).
+    The score is the log-probability under the distribution that was neither tempered nor truncated.
     """
 
     def choose(log_probs, position):
@@ -79,7 +95,7 @@ def sample(step, cache, first_log_probs, length, active, rng, temperature: float
 def truncate(log_probs: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Sets all but the kept tokens to a large negative value; see ``sample``."""
     if top_k:
-        limit = jax.lax.top_k(log_probs, top_k)[0][..., -1:]
+        limit = jax.lax.top_k(log_probs, min(top_k, log_probs.shape[-1]))[0][..., -1:]
         log_probs = jnp.where(log_probs < limit, NEGATIVE, log_probs)
     if top_p < 1.0:
         ordered = jnp.sort(log_probs, axis=-1, descending=True)
@@ -90,14 +106,20 @@ def truncate(log_probs: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return log_probs
 
 
-def beam(step: Step, cache: Any, first_log_probs: jax.Array, length: int, beams: int, reorder, alpha: float = 0.0):
+def beam(
+    step: Step, cache: Any, first_log_probs: jax.Array, length: int, beams: int, reorder, alpha: float = 0.0
+):
     """Beam search with length penalty ((5 + n) / 6)^alpha (arXiv 1609.08144, equation 14).
 
+    A hypothesis is finished when it ends in EOS. Finished ones come before those that the limit cut off.
+
     Args:
-      step: over B * W rows. cache: state after the first position, already repeated to B * W rows (row-major).
-      first_log_probs: [B, V]. beams: W. reorder: (cache, rows [B * W] int32) -> cache with those rows.
+      step: over B * W rows. cache: state after the first position, repeated to B * W rows (row-major).
+      first_log_probs: [B, V]. length: T, tokens at most, EOS included. beams: W.
+      reorder: (cache, rows [B * W] int32) -> cache with those rows. alpha: >= 0.
     Returns:
-      (tokens [B, W, T] int32, score [B, W] float32 length-penalised log-probability), best first.
+      (tokens [B, W, T] int32, score [B, W] float32 length-penalised log-probability), best first; where there
+      are fewer than W hypotheses, tokens are 0 and the score is ``NEGATIVE``.
     """
     rows, vocab = first_log_probs.shape
 
@@ -107,11 +129,10 @@ def beam(step: Step, cache: Any, first_log_probs: jax.Array, length: int, beams:
     def keep_finished(finished, tokens, score, position):
         """Merges candidates [B, 2W] that end here into the W best finished ones."""
         old_tokens, old_score = finished
-        ends = tokens[:, :, position] == EOS
+        ends = (tokens[:, :, position] == EOS) & is_real(score)
         score = jnp.where(ends, penalised(score, position + 1.0), NEGATIVE)
-        all_tokens = jnp.concatenate([old_tokens, tokens], 1)
         best, index = jax.lax.top_k(jnp.concatenate([old_score, score], 1), beams)
-        return jnp.take_along_axis(all_tokens, index[..., None], 1), best
+        return jnp.take_along_axis(jnp.concatenate([old_tokens, tokens], 1), index[..., None], 1), best
 
     def extend(position, log_probs, tokens, score, finished):
         """log_probs [B, W, V] -> the 2W best continuations, split into finished and live ones."""
@@ -135,7 +156,7 @@ def beam(step: Step, cache: Any, first_log_probs: jax.Array, length: int, beams:
 
     def unfinished(carry):
         position, _, score, finished, _ = carry
-        # alpha >= 0 and scores <= 0: a live beam's penalised score is at best its score over the longest penalty
+        # Scores are <= 0: a live beam's penalised score is at best its score over the longest penalty.
         bound = penalised(score[:, 0], float(length))
         return (position < length) & jnp.any(bound > finished[1][:, -1])
 
@@ -145,15 +166,37 @@ def beam(step: Step, cache: Any, first_log_probs: jax.Array, length: int, beams:
     spread = jnp.broadcast_to(first_log_probs[:, None], (rows, beams, vocab))
     tokens, score, _, finished = extend(0, spread, tokens, score, finished)
     carry = (jnp.asarray(1), tokens, score, finished, cache)
-    _, tokens, score, (done, done_score), _ = jax.lax.while_loop(unfinished, body, carry)
-    # a row with too few finished hypotheses is filled with its live ones
-    score = jnp.where(score <= NEGATIVE / 2, 2 * NEGATIVE, penalised(score, float(length)))
-    best, index = jax.lax.top_k(jnp.concatenate([done_score, score + jnp.where(done_score[:, :1] > NEGATIVE / 2, NEGATIVE, 0)], 1), beams)
-    return jnp.take_along_axis(jnp.concatenate([done, tokens], 1), index[..., None], 1), best
+    _, tokens, score, finished, _ = jax.lax.while_loop(unfinished, body, carry)
+    score = jnp.where(is_real(score), penalised(score, float(length)), NEGATIVE)
+    return finished_first(finished, (tokens, score))
+
+
+def is_real(score: jax.Array) -> jax.Array:
+    """Whether a beam's score belongs to a hypothesis; an empty beam's is about ``NEGATIVE``."""
+    return score > NEGATIVE / 2
+
+
+def finished_first(finished, live):
+    """Finished hypotheses, then live ones: two pairs (tokens [B, W, T], score [B, W]), sorted -> one."""
+    (done_tokens, done_score), (tokens, score) = finished, live
+    beams = score.shape[1]
+    done = is_real(done_score).sum(1, keepdims=True)
+    place = jnp.arange(beams)[None, :]
+    index = jnp.where(place < done, place, beams + place - done)
+    score = jnp.take_along_axis(jnp.concatenate([done_score, score], 1), index, 1)
+    tokens = jnp.take_along_axis(jnp.concatenate([done_tokens, tokens], 1), index[..., None], 1)
+    return jnp.where(is_real(score)[..., None], tokens, PAD), score
 
 
 def score_targets(step: Step, cache: Any, first_log_probs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Log-probability of given answers by the cached step: targets [B, T] int32, 0-padded -> [B] float32."""
+    """Log-probability of given answers by the cached step, as teacher forcing gives it.
+
+    Args:
+      step, cache, first_log_probs: as in ``generate``.
+      targets: [B, T] int32, ending in EOS, 0-padded; padding counts for nothing.
+    Returns:
+      [B] float32, nats.
+    """
 
     def body(carry, token_pair):
         token, target = token_pair
