@@ -1,19 +1,18 @@
-"""ExpertRAG (arXiv 2504.08744): a mixture-of-experts reader, and a gate that decides per question to retrieve.
+"""ExpertRAG (arXiv 2504.08744): a mixture-of-experts reader and a gate that decides per question to retrieve.
 
-Training runs in two phases (section 3.6). *generator*: cross-entropy on answers, closed book and open book in turn
-(a batch with passages is read, a batch without is answered from memory). *gate*: the generator is frozen; the gate
-maximises expected utility, because both arms, with and without evidence, can be evaluated.
+Training runs in two phases (section 3.6). *generator*: cross-entropy on answers, closed book and open book in
+turn (a batch with passages is read, a batch without is answered from memory). *gate*: the generator is
+frozen; the gate maximises expected utility, because both arms, with and without evidence, can be evaluated.
 
-Answering (algorithm 1): ``encode_question`` and ``decide`` run for every question, ``read`` only for those that
-retrieve; ``decode_step`` continues either. A question that skips retrieval keeps the decoder step that the gate
-looked at.
+Answering (algorithm 1): ``encode_question`` and ``decide`` run for every question, ``read`` only for those
+that retrieve; ``decode_step`` continues either. A question that skips retrieval keeps the decoder step that
+the gate looked at.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +31,7 @@ from expertrag_jax.systems.system import Phase
 
 Array = jax.Array
 GENERATOR_PARAMETERS = ("(token_embedder|encoder|decoder|fusion)/.*",)
+GATE_OBJECTIVES = ("utility", "supervised")
 
 
 @struct.dataclass
@@ -68,13 +68,17 @@ class ExpertRAG:
     """The system; every field is a gin value.
 
     Attributes:
-      model: the generator. retriever: its query encoder (kept in this tree so that one export answers), or None.
-      fusion: ``per_passage`` (fusion-in-decoder), ``concatenate`` (the paper's form; K = 1 long input) or ``augment``.
+      model: the generator.
+      retriever: its query encoder (kept in this tree so that one export answers), or None.
+      fusion: ``per_passage`` (fusion-in-decoder), ``concatenate`` (the paper's form; K = 1 long input) or
+        ``augment``.
       max_target_length: tokens of an answer, EOS included.
-      label_smoothing, z_loss, balance_loss_factor, router_z_loss_factor, loss_normalizing_factor: T5X's meanings.
+      label_smoothing, z_loss, balance_loss_factor, router_z_loss_factor: T5X's meanings.
+      loss_normalizing_factor: see ``generator.loss_and_metrics``.
       gate_hidden: width of the gate's hidden layer (0: the paper's linear gate). gate_dropout: on its inputs.
       gate_objective: ``utility`` (both arms) or ``supervised`` (retrieval_needed).
-      retrieval_cost: price of one retrieval in units of utility. gate_temperature: weight of the entropy bonus.
+      retrieval_cost: price of one retrieval in units of utility.
+      gate_temperature: weight of the entropy bonus.
       gain_kind: ``likelihood`` (probability of the answer) or ``log_likelihood``.
       generator_steps, gate_steps, generator_optimizer, gate_optimizer: the phases.
     """
@@ -102,12 +106,26 @@ class ExpertRAG:
     def __post_init__(self):
         if self.fusion not in fusion.FUSIONS:
             raise UserError(f"FUSION is {self.fusion!r}; it must be one of {', '.join(fusion.FUSIONS)}.")
+        if self.gate_objective not in GATE_OBJECTIVES:
+            raise UserError(
+                f"gate_objective is {self.gate_objective!r}; it must be one of {', '.join(GATE_OBJECTIVES)}."
+            )
+        if self.gain_kind not in objective.GAINS:
+            raise UserError(
+                f"gain_kind is {self.gain_kind!r}; it must be one of {', '.join(objective.GAINS)}."
+            )
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """generator, then gate."""
         return (
-            Phase("generator", self.generator_steps, self.generator_loss, self.generator_optimizer, GENERATOR_PARAMETERS),
+            Phase(
+                "generator",
+                self.generator_steps,
+                self.generator_loss,
+                self.generator_optimizer,
+                GENERATOR_PARAMETERS,
+            ),
             Phase("gate", self.gate_steps, self.gate_loss, self.gate_optimizer, (network.TRAINABLE,)),
         )
 
@@ -129,9 +147,9 @@ class ExpertRAG:
             tokens = jnp.ones((1, 8), jnp.int32)
             params["query_encoder"] = Tower(self.retriever).init(keys[1], tokens)["params"]
         if self.fusion == "augment":
-            width = self.model.embed_dim
-            vectors = jnp.ones((1, 1, width))
-            params["fusion"] = self._augmentation.init(keys[2], vectors[0], vectors, jnp.ones((1, 1), bool))["params"]
+            vectors = jnp.ones((1, 1, self.model.embed_dim))
+            present = jnp.ones((1, 1), bool)
+            params["fusion"] = self._augmentation.init(keys[2], vectors[0], vectors, present)["params"]
         return params
 
     def _gate_parameters(self, rng):
@@ -140,7 +158,9 @@ class ExpertRAG:
 
     @property
     def _gate(self):
-        return network.GateNetwork(hidden=self.gate_hidden, dropout_rate=self.gate_dropout, dropout_width=self.model.embed_dim)
+        return network.GateNetwork(
+            hidden=self.gate_hidden, dropout_rate=self.gate_dropout, dropout_width=self.model.embed_dim
+        )
 
     @property
     def _augmentation(self):
@@ -158,7 +178,7 @@ class ExpertRAG:
         return Question(memory, first, cache, features)
 
     def decide(self, params, question: Question) -> Array:
-        """p_ret [B] float32, calibrated: sigma(w . h_q) of section 3.2 with uncertainty among the features."""
+        """p_ret [B] float32, calibrated: sigma(w . h_q) of section 3.2, uncertainty among the features."""
         logit = self._gate.apply({"params": params["gate"]}, question.features)
         return network.retrieval_probability(params["gate"], logit)
 
@@ -167,7 +187,13 @@ class ExpertRAG:
         return Tower(self.retriever).apply({"params": params["query_encoder"]}, query_tokens)
 
     def read(self, params, passage_tokens: Array, question_tokens: Array | None = None, rng=None) -> Memory:
-        """Reader inputs [B, K, P] int32 (question included) -> Memory; ``augment`` also needs question_tokens [B, L]."""
+        """Reader inputs [B, K, P] int32 (question included) -> Memory.
+
+        Args:
+          question_tokens: [B, L] int32; only ``augment`` needs them.
+        Raises:
+          UserError: fusion is ``concatenate`` and K is not 1.
+        """
         return self._read(params, passage_tokens, question_tokens, rng)[0]
 
     def begin(self, params, memory: Memory) -> tuple[Array, DecoderCache]:
@@ -179,26 +205,40 @@ class ExpertRAG:
         return generator.decode_step(self.model, params, memory, cache, tokens)
 
     def _read(self, params, passage_tokens, question_tokens, rng):
-        folded = fusion.fold_passages(passage_tokens)
-        states, router = generator.apply(self.model, params, folded, None, rng is None, method="encode", rng=rng)
         passages = passage_tokens.shape[1]
+        if self.fusion == "concatenate" and passages != 1:
+            raise UserError(
+                f"FUSION is 'concatenate', which reads one input of all passages, but passage_tokens hold "
+                f"{passages} per question."
+            )
+        folded = fusion.fold_passages(passage_tokens)
+        states, router = self._encode(params, folded, None, rng)
+        mask = passage_tokens.reshape(passage_tokens.shape[0], -1) > 0
         if self.fusion == "augment":
-            present = (passage_tokens > 0).any(-1)
             pooled = fusion.mean_pool(states, folded > 0).reshape(-1, passages, states.shape[-1])
-            asked, _ = generator.apply(self.model, params, question_tokens, method="encode")
-            query = fusion.mean_pool(asked, question_tokens > 0)
-            fused = self._augmentation.apply({"params": params["fusion"]}, query, pooled, present)
+            rng = None if rng is None else jax.random.fold_in(rng, 1)
+            asked, question_router = self._encode(params, question_tokens, None, rng)
+            router = (router, question_router)
+            mask = question_tokens > 0
+            fused = self._augmentation.apply(
+                {"params": params["fusion"]},
+                fusion.mean_pool(asked, mask),
+                pooled,
+                (passage_tokens > 0).any(-1),
+            )
             states = jnp.concatenate([fused[:, None].astype(asked.dtype), asked], axis=1)
-            mask = jnp.pad(question_tokens > 0, ((0, 0), (1, 0)), constant_values=True)
+            mask = jnp.concatenate([mask.any(-1, keepdims=True), mask], axis=1)
         else:
             states = fusion.unfold_passages(states, passages)
-            mask = passage_tokens.reshape(passage_tokens.shape[0], -1) > 0
         memory, _ = generator.apply(self.model, params, states, mask, method="memory")
         return memory, router
 
+    def _encode(self, params, tokens, segments, rng):
+        return generator.apply(self.model, params, tokens, segments, rng is None, method="encode", rng=rng)
+
     def _closed(self, params, batch, rng):
         tokens, segments = batch.encoder_input_tokens, batch.encoder_segment_ids
-        states, router = generator.apply(self.model, params, tokens, segments, rng is None, method="encode", rng=rng)
+        states, router = self._encode(params, tokens, segments, rng)
         mask = tokens > 0 if segments is None else segments
         memory, _ = generator.apply(self.model, params, states, mask, method="memory")
         return memory, router
@@ -206,7 +246,7 @@ class ExpertRAG:
     # Losses
 
     def generator_loss(self, params, batch: Batch, rng: Array):
-        """Cross-entropy per target token, with evidence if the batch has passages, plus the router's losses."""
+        """Cross-entropy per target token plus the router's losses; reads the batch's passages, if any."""
         return self._loss(params, batch, rng)
 
     def evaluation_loss(self, params, batch: Batch):
@@ -218,9 +258,17 @@ class ExpertRAG:
         if batch.passage_tokens is None:
             memory, encoder_router = self._closed(params, batch, encode_rng)
         else:
-            memory, encoder_router = self._read(params, batch.passage_tokens, batch.encoder_input_tokens, encode_rng)
+            memory, encoder_router = self._read(
+                params, batch.passage_tokens, batch.encoder_input_tokens, encode_rng
+            )
         losses, logits, decoder_router = generator.target_loss(
-            self.model, params, batch, memory, rng=decode_rng, label_smoothing=self.label_smoothing, z_loss=self.z_loss
+            self.model,
+            params,
+            batch,
+            memory,
+            rng=decode_rng,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
         )
         extra, metrics = generator.router_losses(
             (encoder_router, decoder_router), self.balance_loss_factor, self.router_z_loss_factor
@@ -231,7 +279,8 @@ class ExpertRAG:
         """Evaluates both arms of a both-arms batch with the generator as it is.
 
         Returns:
-          (GateExamples, closed-book and open-book negative log-likelihood of the answer, each [B] float32 nats)
+          (GateExamples, closed-book and open-book negative log-likelihood of the answer, each [B] float32
+          nats)
         """
         question = self.encode_question(params, batch.encoder_input_tokens)
         read = self.read(params, batch.passage_tokens, batch.encoder_input_tokens)
@@ -246,12 +295,15 @@ class ExpertRAG:
         return GateExamples(question.features, gain, needed), closed_nll, open_nll
 
     def gate_loss(self, params, batch: GateExamples | Batch, rng: Array):
-        """The gate's objective on measured arms, or on a both-arms Batch, whose arms are then run in the step."""
+        """The gate's objective on measured arms, or on a both-arms Batch, whose arms then run in the step."""
         examples = batch
         if isinstance(batch, Batch):
             examples = jax.lax.stop_gradient(self.both_arms(params, batch)[0])
         logit = self._gate.apply(
-            {"params": params["gate"]}, examples.features, deterministic=rng is None, rngs={"dropout": rng}
+            {"params": params["gate"]},
+            examples.features,
+            deterministic=rng is None,
+            rngs=None if rng is None else {"dropout": rng},
         )
         if self.gate_objective == "supervised":
             total, count = objective.supervised_bce(logit, examples.retrieval_needed)

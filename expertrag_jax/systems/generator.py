@@ -1,4 +1,4 @@
-"""What every system with a T5-style generator shares: its losses on logits, its router's losses, its steps."""
+"""What all systems with a T5-style generator share: its losses on logits, its router's losses, its steps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.transformer import DecoderCache, Memory, Transformer, empty_cache
 
 Array = jax.Array
+ROUTER_METRICS = ("balance_loss", "z_loss", "dropped", "entropy", "confidence")
 
 
 def cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Array:
@@ -20,14 +21,16 @@ def cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0, z
 
     Args:
       logits: [B, T, V] float32; targets: [B, T] int32.
-      label_smoothing: mass spread evenly over the other V - 1 tokens; the constant entropy of the smoothed target is
-        subtracted, so a perfect prediction has loss 0.
+      label_smoothing: mass spread evenly over the other V - 1 tokens; the constant entropy of the smoothed
+        target is subtracted, so a perfect prediction has loss 0.
     Returns:
       [B, T] float32.
     """
     vocab = logits.shape[-1]
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_z
+    # A masked sum, not a gather: it splits over a sharded vocabulary, and its gradient is no scatter.
+    is_target = targets[..., None] == jnp.arange(vocab)
+    right = jnp.where(is_target, logits, 0.0).sum(-1) - log_z
     loss = -right
     if label_smoothing:
         low = label_smoothing / (vocab - 1)
@@ -60,10 +63,12 @@ def router_losses(collection: Any, balance_factor: float, z_factor: float) -> tu
         return (flat(name) * full).sum()
 
     loss = (balance_factor * total("balance_loss") + z_factor * total("z_loss")) / count
-    metrics = {f"router/{name}": (total(name), count) for name in ("balance_loss", "z_loss", "dropped", "entropy", "confidence")}
-    load = jnp.stack([jnp.einsum("...e,...->e", layer.load, layer.tokens) for layer in layers])  # [layers, E]
-    metrics["router/load"] = (load, flat("tokens").sum() / len(layers))
-    return loss, metrics
+    metrics = {f"router/{name}": (total(name), count) for name in ROUTER_METRICS}
+    # One row per sparse layer [layers, E]: the share of the layer's tokens that each expert received.
+    load = [(layer.load * layer.tokens[..., None]).sum(-2) for layer in layers]
+    load = jnp.concatenate([rows.reshape(-1, rows.shape[-1]) for rows in load])
+    tokens = jnp.concatenate([layer.tokens.sum(-1).reshape(-1) for layer in layers])
+    return loss, metrics | {"router/load": (load, tokens[:, None])}
 
 
 def initial_parameters(config: TransformerConfig, rng: Array) -> dict:
@@ -81,7 +86,9 @@ def axes_of(params: Any) -> dict:
     """Boxed parameters (abstract ones do) -> the same nested dict with tuples of logical names."""
     specs = nn.get_partition_spec(params)
     return jax.tree.map(
-        lambda spec, leaf: tuple(spec) + (None,) * (leaf.ndim - len(spec)), specs, nn.unbox(params),
+        lambda spec, leaf: tuple(spec) + (None,) * (leaf.ndim - len(spec)),
+        specs,
+        nn.unbox(params),
         is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec),
     )
 
@@ -92,7 +99,9 @@ def apply(config: TransformerConfig, params: Any, *args, method: str, rng: Array
     if rng is not None:
         dropout, jitter = jax.random.split(rng)
         rngs = {"dropout": dropout, "jitter": jitter}
-    output, state = Transformer(config).apply({"params": params}, *args, method=method, rngs=rngs, mutable=["router"], **kwargs)
+    output, state = Transformer(config).apply(
+        {"params": params}, *args, method=method, rngs=rngs, mutable=["router"], **kwargs
+    )
     return output, state.get("router", {})
 
 
@@ -111,32 +120,54 @@ def target_loss(config, params, batch: Batch, memory: Memory, *, rng=None, label
     return cross_entropy(logits, batch.decoder_target_tokens, label_smoothing, z_loss), logits, router
 
 
-def loss_and_metrics(losses: Array, logits: Array, batch: Batch, extra: Array, metrics: dict, normalising_factor=None):
-    """Mean over target tokens, plus ``extra`` (the router's losses); also token accuracy.
+def loss_and_metrics(
+    losses: Array,
+    logits: Array,
+    batch: Batch,
+    extra: Array,
+    metrics: dict,
+    normalising_factor: float | None = None,
+) -> tuple[Array, dict]:
+    """The objective of a batch and what is logged of it.
 
-    ``normalising_factor`` (T5X's LOSS_NORMALIZING_FACTOR) divides the sum by a constant instead.
+    Args:
+      losses: [B, T] float32 token losses. logits: [B, T, V].
+      extra: scalar per-token penalty (the router's losses). metrics: to be joined by the loss's own.
+      normalising_factor: T5X's LOSS_NORMALIZING_FACTOR: the objective is the sum over the batch's target
+        tokens divided by this constant; None divides by their number.
+    Returns:
+      (objective, metrics). ``loss`` is always (sum, target tokens): a mean in nats per token. With a
+      normalising factor ``loss_normalizer`` is there too, which tells the step to add micro-batches.
     """
     weights = batch.decoder_loss_weights
-    count = weights.sum() if normalising_factor is None else jnp.asarray(float(normalising_factor))
+    count = weights.sum()
     total = (losses * weights).sum()
     right = (jnp.argmax(logits, -1) == batch.decoder_target_tokens) * weights
-    every_right = ((right > 0) | (weights == 0)).all(-1).astype(jnp.float32).sum()
+    asked = (weights > 0).any(-1)  # the other rows are padding
+    every_right = ((right > 0) | (weights == 0)).all(-1) & asked
     metrics = metrics | {
         "loss": (total, count),
-        "token_accuracy": (right.sum(), weights.sum()),
-        "sequence_accuracy": (every_right, jnp.asarray(float(losses.shape[0]))),
-        "target_tokens": (weights.sum(), jnp.asarray(1.0)),
+        "token_accuracy": (right.sum(), count),
+        "sequence_accuracy": (every_right.sum().astype(jnp.float32), asked.sum().astype(jnp.float32)),
+        "target_tokens": (count, jnp.asarray(1.0)),
     }
-    return total / jnp.maximum(count, 1.0) + extra, metrics
+    if normalising_factor is None:
+        return total / jnp.maximum(count, 1.0) + extra, metrics
+    metrics["loss_normalizer"] = (jnp.asarray(float(normalising_factor)), jnp.asarray(1.0))
+    return (total + extra * count) / normalising_factor, metrics
 
 
-def begin(config: TransformerConfig, params: Any, memory: Memory, length: int, active: Array) -> tuple[Array, DecoderCache]:
+def begin(
+    config: TransformerConfig, params: Any, memory: Memory, length: int, active: Array
+) -> tuple[Array, DecoderCache]:
     """First decoding step: log-probabilities of the first token [B, V] float32, and the cache behind it."""
     cache = empty_cache(config, active.shape[0], length)
     return decode_step(config, params, memory, cache, jnp.zeros(active.shape, jnp.int32), active)
 
 
-def decode_step(config, params, memory: Memory, cache: DecoderCache, tokens: Array, active: Array | None = None):
+def decode_step(
+    config, params, memory: Memory, cache: DecoderCache, tokens: Array, active: Array | None = None
+):
     """tokens [B] int32 -> (log-probabilities of the next token [B, V] float32, cache).
 
     ``active`` [B] bool keeps padding rows out of the experts' buffers.

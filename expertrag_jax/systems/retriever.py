@@ -1,7 +1,7 @@
 """The retriever: a dual encoder trained on in-batch and hard negatives (DPR, arXiv 2004.04906).
 
-Batch: ``query_tokens`` [B, Lq], ``passage_tokens`` [B, K, S] without the question, the positive first. Every passage of
-the (global) batch is a candidate for every question.
+Batch: ``query_tokens`` [B, Lq], ``passage_tokens`` [B, K, S] without the question, the positive first. Every
+passage of the (global) batch is a candidate for every question.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class DualEncoder:
     """The system; parameters are ``query_encoder`` and, when the towers are not shared, ``passage_encoder``.
 
     Attributes:
-      config: the towers. temperature: divides scores of unit vectors. steps, optimizer: the one phase ``retriever``.
+      config: the towers. temperature: divides scores of unit vectors.
+      steps, optimizer: the one phase ``retriever``.
     """
 
     config: DualEncoderConfig
@@ -65,27 +66,35 @@ class DualEncoder:
         rngs = None if rng is None else {"dropout": rng}
         return Tower(self.config).apply({"params": params}, tokens, rng is None, rngs=rngs)
 
-    def loss(self, params, batch: Batch, rng: Array):
+    def loss(self, params, batch: Batch, rng: Array | None):
         """Mean over questions of -log softmax over all passages of the batch at the question's positive.
 
-        Another question's positive that is the same passage is no negative: its score is masked.
+        Another question's positive that is the same passage is no negative: its score is masked. Rows
+        without a question or without a positive are padding and count for nothing.
         """
-        query_rng, passage_rng = jax.random.split(rng)
+        query_rng, passage_rng = (None, None) if rng is None else jax.random.split(rng)
         count, per_question, length = batch.passage_tokens.shape
         flat = batch.passage_tokens.reshape(-1, length)
-        scores = self.encode_queries(params, batch.query_tokens, query_rng) @ self.encode_passages(params, flat, passage_rng).T
+        queries = self.encode_queries(params, batch.query_tokens, query_rng)
+        scores = queries @ self.encode_passages(params, flat, passage_rng).T
         own = jnp.arange(count) * per_question
-        same = fingerprint(flat)[own][:, None] == fingerprint(flat)[None, :]
-        absent = (flat == 0).all(-1)[None, :]
-        others = jnp.arange(flat.shape[0])[None, :] != own[:, None]
-        scores = jnp.where((same | absent) & others, -1e9, scores / self.temperature)
+        marks = fingerprint(flat)
+        absent = (flat == 0).all(-1)
+        hidden = (marks[own][:, None] == marks[None, :]) | absent[None, :]
+        hidden &= jnp.arange(flat.shape[0])[None, :] != own[:, None]
+        scores = jnp.where(hidden, -1e9, scores / self.temperature)
         losses = -jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), own[:, None], axis=1)[:, 0]
-        units = jnp.asarray(float(count))
-        right = (jnp.argmax(scores, -1) == own).astype(jnp.float32).sum()
-        return losses.mean(), {"loss": (losses.sum(), units), "in_batch_accuracy": (right, units)}
+        weights = ((batch.query_tokens > 0).any(-1) & ~absent[own]).astype(jnp.float32)
+        units = weights.sum()
+        total = (losses * weights).sum()
+        right = ((jnp.argmax(scores, -1) == own) * weights).sum()
+        return total / jnp.maximum(units, 1.0), {"loss": (total, units), "in_batch_accuracy": (right, units)}
 
 
 def fingerprint(tokens: Array) -> Array:
-    """A 32-bit hash per row: [N, S] int32 -> [N] uint32."""
-    weights = (jnp.arange(tokens.shape[-1], dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(40503)) | jnp.uint32(1)
-    return ((tokens.astype(jnp.uint32) + jnp.uint32(1)) * weights).sum(-1, dtype=jnp.uint32)
+    """A 32-bit hash per row: [N, S] int32 -> [N] uint32; MurmurHash3's finaliser over (position, token)."""
+    position = jnp.arange(tokens.shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    mixed = tokens.astype(jnp.uint32) + position
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return (mixed ^ (mixed >> 16)).sum(-1, dtype=jnp.uint32)

@@ -27,8 +27,9 @@ class Phase:
       steps: optimizer steps.
       loss: ``(params, batch, rng) -> (scalar, metrics)``. ``batch`` is any pytree whose leaves have the
         leading batch axis. The scalar is a mean over units (tokens, examples, ...) and ``metrics["loss"]`` is
-        (sum, number of units); micro-batches are weighted by that number. A metric may be a vector: the load
-        of each expert.
+        (sum, number of units); micro-batches are weighted by that number. A scalar that is a sum divided by
+        a constant has a metric ``loss_normalizer``; its micro-batches are added. A metric may be an array:
+        the load of each expert.
       optimizer: a gradient transformation, or a function without arguments that returns one. Its schedule
         counts the phase's own steps.
       trainable: regular expressions; a parameter trains when one of them matches its whole path, ``gate/.*``.

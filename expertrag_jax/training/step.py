@@ -88,12 +88,17 @@ def make_train_step(
 def gradients_of(objective: Loss, variables: Any, batch: Any, rng: jax.Array, microbatches: int):
     """Objective, metrics and gradients of a batch: g = sum_i w_i g_i / sum_i w_i over its micro-batches i.
 
-    w_i is the micro-batch's number of units, ``metrics["loss"][1]``: what a mean over all units gives.
+    w_i is the micro-batch's number of units, ``metrics["loss"][1]``: what a mean over all units gives. An
+    objective that divides by a constant instead has a metric ``loss_normalizer``; then g = sum_i g_i.
 
     Returns:
       (scalar float32, metrics summed over micro-batches, gradients like ``variables``)
     """
     gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def units(metrics):
+        return jnp.ones(()) if "loss_normalizer" in metrics else metrics["loss"][1]
+
     if microbatches == 1:
         (scalar, metrics), gradients = gradient(variables, batch, jax.random.fold_in(rng, 0))
         return scalar, metrics, gradients
@@ -101,7 +106,7 @@ def gradients_of(objective: Loss, variables: Any, batch: Any, rng: jax.Array, mi
     def part(batch_and_index):
         batch, index = batch_and_index
         (scalar, metrics), gradients = gradient(variables, batch, jax.random.fold_in(rng, index))
-        weight = metrics["loss"][1]
+        weight = units(metrics)
         # A micro-batch without units counts for nothing, even where its mean is 0 / 0.
         return jax.tree.map(lambda x: jnp.where(weight == 0, 0, x * weight), (scalar, gradients)), metrics
 
@@ -112,7 +117,7 @@ def gradients_of(objective: Loss, variables: Any, batch: Any, rng: jax.Array, mi
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, first))
     ((scalar, gradients), metrics), _ = jax.lax.scan(add, zeros, parts)
-    weight = metrics["loss"][1]
+    weight = units(metrics)
     scale = jnp.where(weight == 0, 0, 1 / jnp.where(weight == 0, 1, weight))
     return scalar * scale, metrics, jax.tree.map(lambda x: x * scale, gradients)
 
