@@ -89,6 +89,15 @@ class Vocabulary:
         os.replace(partial, path)
 
 
+def embedding_rows(path: str | os.PathLike, multiple: int = 128) -> int:
+    """Rows of an embedding for the vocabulary in a file: its size rounded up, so that meshes divide it.
+
+    Raises:
+      UserError: see ``Vocabulary.from_file``.
+    """
+    return -(-Vocabulary.from_file(path).size // multiple) * multiple
+
+
 def train_vocabulary(
     sentences: Iterable[str],
     size: int,
