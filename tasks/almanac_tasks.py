@@ -34,7 +34,8 @@ def register_almanac(
     Returns:
       Tasks by what they train:
         "closed_book" (split train): question and answer of edition 0;
-        "open_book" (train): K passages in ``passages``, the question in front, and their relevance;
+        "open_book_<lesson>" (train), one for each of ``config.lessons``: K passages in ``passages``, the question in
+        front, and their relevance;
         "retriever" (train): ``query``, and in ``passages`` the positive and a hard negative, title and text;
         "questions" (gate, validation, test_edition_1, test_edition_2): question and answer.
     """
@@ -46,7 +47,10 @@ def register_almanac(
             _record,
             vocabularies,
         ),
-        "open_book": _open_book(f"{name}_open_book", config, data_dir, vocabularies),
+        **{
+            f"open_book_{lesson}": _open_book(f"{name}_open_book_{lesson}", config, data_dir, vocabularies, lesson)
+            for lesson in config.lessons
+        },
         "retriever": _retriever(f"{name}_retriever", config, data_dir, vocabularies),
         "questions": question_task(
             f"{name}_questions", almanac_source(config, data_dir, *QUESTION_SPLITS), _record, vocabularies
@@ -106,7 +110,7 @@ def _record_with_passages(example: Mapping[str, Any]) -> dict[str, tf.Tensor]:
 
 
 def _open_book(
-    name: str, config: AlmanacConfig, data_dir: str | os.PathLike, vocabularies: Vocabularies
+    name: str, config: AlmanacConfig, data_dir: str | os.PathLike, vocabularies: Vocabularies, lesson: str
 ) -> seqio.Task:
     steps = [
         preprocessors.normalise(_record_with_passages),
@@ -120,7 +124,7 @@ def _open_book(
         "passages": seqio.Feature(vocabularies.reader, rank=2),
         "passage_relevance": number(tf.float32, 1),
     }
-    return seqio.Task(name, almanac_source(config, data_dir, "train_open_book"), features, steps)
+    return seqio.Task(name, almanac_source(config, data_dir, f"train_open_book_{lesson}"), features, steps)
 
 
 def _retriever(

@@ -7,6 +7,7 @@ kinds alternate in a fixed period, so the position in every pipeline follows fro
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -76,3 +77,35 @@ def interleave(weighted: Sequence[tuple[Batches, int]]) -> Interleave:
     """Alternates pipelines: ``interleave([(closed_book, 1), (open_book, 3)])``."""
     pipelines, weights = zip(*weighted) if weighted else ((), ())
     return Interleave(pipelines, weights)
+
+
+@dataclasses.dataclass(eq=False)
+class Curriculum:
+    """``curriculum(start_step)`` yields the batches of several stages one after the other, each for its steps.
+
+    Attributes:
+      stages: callables from a start step to an iterator of batches; the position in a stage counts its own steps.
+      steps: of each stage; the last one may be None, "to the end".
+
+    Raises:
+      UserError: no stage, or numbers of steps that do not fit the stages.
+    """
+
+    stages: Sequence[Batches]
+    steps: Sequence[int | None]
+
+    def __post_init__(self):
+        if not self.stages or len(self.stages) != len(self.steps) or None in self.steps[:-1]:
+            raise UserError(
+                f"a curriculum of {len(self.stages)} stages with steps {list(self.steps)}: give each stage its number of "
+                "steps; only the last may be None"
+            )
+
+    def __call__(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches from ``start_step`` on; ends with the last stage."""
+        for stage, steps in zip(self.stages, self.steps):
+            if steps is not None and start_step >= steps:
+                start_step -= steps
+                continue
+            yield from itertools.islice(stage(start_step), None if steps is None else steps - start_step)
+            start_step = 0

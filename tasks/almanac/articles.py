@@ -12,16 +12,17 @@ _MOST_PER_SENTENCE = 2
 _NAME_SHARE = 0.3  # of the sentences after the first, those that repeat the name
 
 
-def _sentence_plans() -> list[list[tuple[int, ...]]]:
-    """Per number of sentences 4, 5, 6: every way to give each sentence one or two of the relations."""
+def _sentence_plans(facts: int) -> list[list[tuple[int, ...]]]:
+    """Per number of sentences (4, 5, 6 for 8 facts): every way to give each sentence one or two of them."""
+    fewest = -(-facts // _MOST_PER_SENTENCE)
     plans = []
-    for sentences in (4, 5, 6):
+    for sentences in range(fewest, min(facts, fewest + 2) + 1):
         sizes = itertools.product(range(1, _MOST_PER_SENTENCE + 1), repeat=sentences)
-        plans.append([plan for plan in sizes if sum(plan) == NUM_RELATIONS])
+        plans.append([plan for plan in sizes if sum(plan) == facts])
     return plans
 
 
-_PLANS = _sentence_plans()
+_PLANS = {facts: _sentence_plans(facts) for facts in range(1, NUM_RELATIONS + 1)}
 # [relation][clause][value] -> "lives in Oslo"
 _CLAUSES = [
     [[clause.format(value=value) for value in relation.values] for clause in relation.clauses]
@@ -33,7 +34,7 @@ class ArticleForms:
     """The form of M articles, drawn apart from the values: an article keeps its form when a value changes.
 
     Attributes:
-      order: int8 [M, R], the relations in order of mention.
+      order: int8 [M, n], the relations in order of mention; n = R in an article of the corpus.
       clauses: int8 [M, R], which clause states each relation.
       plans: list of M tuples, how many relations each sentence states.
       pronouns: int8 [M].
@@ -41,18 +42,22 @@ class ArticleForms:
         first.
     """
 
-    def __init__(self, rng: np.random.Generator, count: int):
-        self.order = np.argsort(rng.random((count, NUM_RELATIONS), np.float32), axis=1).astype(np.int8)
+    def __init__(self, rng: np.random.Generator, count: int, order: np.ndarray | None = None):
+        """``order`` [M, n]: state these relations only, in this order; None: all, in random order."""
+        if order is None:
+            order = np.argsort(rng.random((count, NUM_RELATIONS), np.float32), axis=1).astype(np.int8)
+        plans = _PLANS[order.shape[1]]
+        self.order = order
         clause_counts = [len(relation.clauses) for relation in RELATIONS]
         self.clauses = rng.integers(clause_counts, size=(count, NUM_RELATIONS)).astype(np.int8)
-        lengths = rng.integers(len(_PLANS), size=count)
+        lengths = rng.integers(len(plans), size=count)
         choices = rng.random(count)
         self.plans = [
-            _PLANS[n][int(c * len(_PLANS[n]))]
+            plans[n][int(c * len(plans[n]))]
             for n, c in zip(lengths.tolist(), choices.tolist(), strict=True)
         ]
         self.pronouns = rng.integers(len(PRONOUNS), size=count).astype(np.int8)
-        self.repeats = rng.random((count, len(_PLANS[-1][0])), np.float32) < _NAME_SHARE
+        self.repeats = rng.random((count, len(plans[-1][0])), np.float32) < _NAME_SHARE
         self.repeats[:, 0] = True
 
     def render(self, names: list[str], values: np.ndarray) -> list[str]:
@@ -63,7 +68,7 @@ class ArticleForms:
           values: integers [M, R], the index of each relation's value.
 
         Returns:
-          M articles; each states all R values once.
+          M articles; each states the values of its relations once.
         """
         rows = zip(
             names,

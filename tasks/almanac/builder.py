@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from tasks.almanac.config import AlmanacConfig
-from tasks.almanac.examples import SPLITS
+from tasks.almanac.examples import splits
 from tasks.almanac.world import World
 
 VERSION = "1.0.0"
@@ -37,7 +37,7 @@ class AlmanacBuilderConfig(tfds.core.BuilderConfig):
 class Almanac(tfds.core.GeneratorBasedBuilder):
     """A generated world's examples.
 
-    Splits: train_closed_book, train_open_book, train_retriever, gate, validation, test_edition_1,
+    Splits: train_closed_book, train_open_book_<lesson>, train_retriever, gate, validation, test_edition_1,
     test_edition_2. All have the same features (see ``examples.py``). Files keep the order of generation,
     which is random already. Needs no network.
     """
@@ -78,10 +78,10 @@ class Almanac(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         del dl_manager  # nothing is downloaded
         world = World(self.builder_config.world)
-        return {split: self._generate_examples(world, split) for split in SPLITS}
+        return {split: enumerate(examples) for split, examples in splits(world).items()}
 
-    def _generate_examples(self, world: World, split: str):
-        return enumerate(SPLITS[split](world))
+    def _generate_examples(self, examples):
+        return examples
 
 
 def tfds_name(config: AlmanacConfig) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -15,6 +16,34 @@ from expertrag_jax.errors import UserError
 STRATA = ("head", "torso", "tail", "never", "volatile")
 QUESTION_SPLITS = ("gate", "validation", "test")
 EDITIONS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """One step of learning to read: how hard the passages are (curriculum learning).
+
+    Attributes:
+      examples: how many there are.
+      passages: K, the gold one and K - 1 others about other names.
+      facts: relations that a passage states, the asked one among them; all 8 make an article.
+      unrelated_share: part of the other passages whose names share no part with the gold one.
+    """
+
+    examples: int
+    passages: int
+    facts: int
+    unrelated_share: float
+
+
+READING_LESSONS = {
+    "sentence": Lesson(3_000, passages=1, facts=1, unrelated_share=0.1),
+    "strangers": Lesson(7_000, passages=2, facts=1, unrelated_share=1.0),
+    "namesakes": Lesson(12_000, passages=2, facts=1, unrelated_share=0.1),
+    "paragraphs": Lesson(6_000, passages=2, facts=4, unrelated_share=0.1),
+    "articles": Lesson(8_000, passages=2, facts=8, unrelated_share=0.1),
+}
+"""The lessons of the demo, in order. A small reader that starts with whole articles copies from any of them (its loss
+stays at ln K); copying is learned from one sentence in 100 steps, matching names from two in 500 more."""
 
 
 class AlmanacError(UserError, ValueError):
@@ -40,11 +69,9 @@ class AlmanacConfig:
       questions_per_fact: how often a fact is asked in a question split, another phrasing each time (1 or 2).
       gate_facts, validation_facts: distinct facts in these splits.
       test_questions: test questions, so ``test_questions / questions_per_fact`` distinct facts.
-      num_open_book_examples: reading examples with randomised values.
-      passages_per_example: K, passages of an open-book example (the gold one and K - 1 others).
+      lessons: reading examples with randomised values; one split ``train_open_book_<name>`` for each.
       invented_name_share: part of the open-book examples whose name is drawn from the inventories, not from
         the corpus.
-      unrelated_passage_share: part of an open-book example's other passages that are no namesakes.
       num_retriever_examples: question, positive and hard negative for the dual encoder.
     """
 
@@ -66,10 +93,8 @@ class AlmanacConfig:
     gate_facts: int = 1200
     validation_facts: int = 600
     test_questions: int = 4000
-    num_open_book_examples: int = 16_000
-    passages_per_example: int = 4
+    lessons: Mapping[str, Lesson] = dataclasses.field(default_factory=lambda: dict(READING_LESSONS))
     invented_name_share: float = 0.5
-    unrelated_passage_share: float = 0.1
     num_retriever_examples: int = 16_000
 
     def rng(self, stream: str) -> np.random.Generator:

@@ -14,18 +14,19 @@ Fields of every example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from tasks.almanac.articles import ArticleForms
-from tasks.almanac.config import QUESTION_SPLITS, STRATA
+from tasks.almanac.config import QUESTION_SPLITS, STRATA, Lesson
 from tasks.almanac.names import draw_namesakes
 from tasks.almanac.phrasing import NUM_RELATIONS, RELATIONS, phrasings
 from tasks.almanac.world import World, random_values
 
 Example = dict
 _ID_STRIDE = 1_000_000_000
+_LESSON_STRIDE = 10_000_000
 _CHUNK = 4096
 
 
@@ -63,35 +64,38 @@ def question_examples(world: World, split: str, edition: int) -> Iterator[Exampl
     yield from _fact_examples(world, facts, texts, edition, first_id)
 
 
-def open_book_examples(world: World) -> Iterator[Example]:
-    """Reading examples: K articles with random values, one of them about the question's name.
+def open_book_examples(world: World, lesson: str) -> Iterator[Example]:
+    """Reading examples: K passages with random values, one of them about the question's name.
 
-    The others are mostly about namesakes. All values are drawn afresh, so nothing but reading gives the
-    answer.
+    All values are drawn afresh, so nothing but reading gives the answer. ``lesson`` names one of
+    ``config.lessons``.
     """
     config = world.config
-    rng = config.rng("open book")
-    for start in range(0, config.num_open_book_examples, _CHUNK):
-        count = min(_CHUNK, config.num_open_book_examples - start)
-        yield from _open_book_chunk(world, rng, count, first_id=_ID_STRIDE + start)
+    rng = config.rng(f"open book {lesson}")
+    total, number = config.lessons[lesson].examples, list(config.lessons).index(lesson)
+    for start in range(0, total, _CHUNK):
+        first_id = _ID_STRIDE + number * _LESSON_STRIDE + start
+        yield from _open_book_chunk(world, rng, config.lessons[lesson], min(_CHUNK, total - start), first_id)
 
 
-def _open_book_chunk(world: World, rng: np.random.Generator, count: int, first_id: int) -> Iterator[Example]:
+def _open_book_chunk(
+    world: World, rng: np.random.Generator, lesson: Lesson, count: int, first_id: int
+) -> Iterator[Example]:
     config = world.config
-    num_passages = config.passages_per_example
+    num_passages = lesson.passages
     entities = rng.integers(config.num_entities, size=count)
     entities[rng.random(count) < config.invented_name_share] = -1
     invented = rng.integers(config.inventory_sizes, size=(count, 2))
     gold_parts = np.where(entities[:, None] < 0, invented, world.parts[entities])
     parts = np.repeat(gold_parts[:, None], num_passages, axis=1)
-    parts[:, 1:] = draw_namesakes(rng, parts[:, 1:], config.inventory_sizes, config.unrelated_passage_share)
+    parts[:, 1:] = draw_namesakes(rng, parts[:, 1:], config.inventory_sizes, lesson.unrelated_share)
 
     names = world.full_names(parts.reshape(-1, 2))
     values = random_values(rng, count * num_passages)
-    texts = ArticleForms(rng, count * num_passages).render(names, values)
     relations = rng.integers(NUM_RELATIONS, size=count)
-    gold_names = names[::num_passages]
-    questions = _training_questions(rng, gold_names, relations)
+    stated = _stated_relations(rng, np.repeat(relations, num_passages), lesson.facts)
+    texts = ArticleForms(rng, count * num_passages, stated).render(names, values)
+    questions = _training_questions(rng, names[::num_passages], relations)
     orders = np.argsort(rng.random((count, num_passages)), axis=1).tolist()
     for i, (relation, order) in enumerate(zip(relations.tolist(), orders, strict=True)):
         base = i * num_passages
@@ -109,6 +113,14 @@ def _open_book_chunk(world: World, rng: np.random.Generator, count: int, first_i
                 {"title": names[base + k], "text": texts[base + k], "relevance": float(k == 0)} for k in order
             ],
         }
+
+
+def _stated_relations(rng: np.random.Generator, asked: np.ndarray, facts: int) -> np.ndarray:
+    """For each of ``asked`` [M], it and ``facts`` - 1 other relations in random order, int8 [M, facts]."""
+    key = rng.random((len(asked), NUM_RELATIONS), np.float32)
+    key[np.arange(len(asked)), asked] = -1.0
+    chosen = np.argsort(key, axis=1)[:, :facts]
+    return rng.permuted(chosen, axis=1).astype(np.int8)
 
 
 def retriever_examples(world: World) -> Iterator[Example]:
@@ -193,13 +205,15 @@ def _fact_examples(
         }
 
 
-# What the builder writes, by split.
-SPLITS: dict[str, Callable[[World], Iterator[Example]]] = {
-    "train_closed_book": closed_book_examples,
-    "train_open_book": open_book_examples,
-    "train_retriever": retriever_examples,
-    "gate": lambda world: question_examples(world, "gate", edition=1),
-    "validation": lambda world: question_examples(world, "validation", edition=1),
-    "test_edition_1": lambda world: question_examples(world, "test", edition=1),
-    "test_edition_2": lambda world: question_examples(world, "test", edition=2),
-}
+def splits(world: World) -> dict[str, Iterator[Example]]:
+    """What the builder writes, by split."""
+    lessons = {f"train_open_book_{name}": open_book_examples(world, name) for name in world.config.lessons}
+    return {
+        "train_closed_book": closed_book_examples(world),
+        **lessons,
+        "train_retriever": retriever_examples(world),
+        "gate": question_examples(world, "gate", edition=1),
+        "validation": question_examples(world, "validation", edition=1),
+        "test_edition_1": question_examples(world, "test", edition=1),
+        "test_edition_2": question_examples(world, "test", edition=2),
+    }
