@@ -46,7 +46,8 @@ def mixture(
       k: experts per token. capacity: slots per expert and group.
       exact: repeat with room for every token if any was dropped.
       activations: as in the dense layer.
-      expert_axis: size of the mesh axis ``expert`` (1: no exchange). reduce_axes: mesh axes in use.
+      expert_axis: size of the mesh axis ``expert`` (1: no exchange).
+      reduce_axes: the mesh axes larger than 1.
     Returns:
       ([G, S, D], RouterStatistics)
     """
@@ -169,7 +170,8 @@ def _shard(run, kernels: dict, sizes: dict, num_experts: int):
     batch = PartitionSpec(partitioning.BATCH_AXES)
     into, back = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor", None)
     kernel_specs = {name: back if name == "wo" else into for name in kernels}
-    run = functools.partial(run, expert_axis=sizes["expert"], reduce_axes=partitioning.MESH_AXES)
+    used = tuple(axis for axis in partitioning.MESH_AXES if sizes[axis] > 1)
+    run = functools.partial(run, expert_axis=sizes["expert"], reduce_axes=used)
     return jax.shard_map(
         run,
         in_specs=(batch, batch, batch, PartitionSpec(), kernel_specs),
