@@ -92,6 +92,7 @@ def train(
     eval_steps: int = 20,
     num_passages: int | None = None,
     index_dir: str | None = None,
+    progress: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrainState:
     """Trains a system and leaves MODEL_DIR: ``checkpoints/``, ``config.gin``, ``vocabulary/``, ``logs/``.
 
@@ -108,6 +109,7 @@ def train(
       eval_datasets: by phase or stage, finite or not; the loss of its first ``eval_steps`` batches is logged
         every ``eval_period`` steps.
       num_passages, index_dir: what the generator was trained to read, noted for answering.
+      progress: called with each log record in place of printing it.
 
     Raises:
       UserError: see ``loop.train``.
@@ -125,7 +127,8 @@ def train(
     mesh = mesh or partitioning.make_mesh()
     if jax.process_index() == 0:
         keep_configuration(directory, files)
-        announce(directory, phases, mesh)
+        if progress is None:
+            announce(directory, phases, mesh)
     state = loop.train(
         system, datasets, directory, mesh=mesh, phases=phases, seed=seed, microbatches=microbatches,
         checkpoint_period=checkpoint_period, keep_checkpoints=keep_checkpoints, log_period=log_period,
@@ -138,9 +141,9 @@ def train(
             "num_passages": num_passages,
             "index_dir": None if index_dir is None else str(Path(index_dir).absolute()),
         },
-        progress=show if jax.process_index() == 0 else None,
+        progress=(progress or show) if jax.process_index() == 0 else None,
     )  # fmt: skip
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and progress is None:
         step = int(state.step)
         print(f"trained {step} steps: {directory / CHECKPOINTS / str(step)}", flush=True)
     return state
