@@ -136,7 +136,7 @@ class Answers:
     Attributes:
       tokens: [N, T] int32. scores: [N] float32, log-probability of the answer. p_ret: [N] float32.
       retrieve: [N] bool. passage_rows: [N, K] int32, -1 where not retrieved. passage_scores: [N, K] float32, NaN there.
-      encoder_tokens, padded_encoder_tokens: real and computed encoder tokens over all questions.
+      encoder_tokens: [N] int32, real encoder tokens. padded_encoder_tokens: computed ones, padding included, in all.
     """
 
     tokens: np.ndarray
@@ -145,7 +145,7 @@ class Answers:
     retrieve: np.ndarray
     passage_rows: np.ndarray
     passage_scores: np.ndarray
-    encoder_tokens: int = 0
+    encoder_tokens: np.ndarray
     padded_encoder_tokens: int = 0
 
 
@@ -209,6 +209,7 @@ class Answerer:
         return Answers(
             np.zeros((count, self.answer_length), np.int32), np.zeros(count, np.float32), np.zeros(count, np.float32),
             np.zeros(count, bool), np.full(passages, -1, np.int32), np.full(passages, np.nan, np.float32),
+            np.zeros(count, np.int32),
         )
 
     def _bucket(self, rows: int) -> int:
@@ -222,7 +223,7 @@ class Answerer:
         inputs = self._policy_inputs(questions.rows(index), np.asarray(p_ret)[: len(index)])
         retrieve = np.asarray(self.policy.decide(inputs), bool)
         answers.p_ret[index], answers.retrieve[index] = inputs.p_ret, retrieve
-        answers.encoder_tokens += int((tokens > 0).sum())
+        answers.encoder_tokens[index] += (tokens[: len(index)] > 0).sum(-1)
         answers.padded_encoder_tokens += tokens.size
         if not retrieve.all():
             active = pad_rows(~retrieve, bucket)
@@ -232,30 +233,34 @@ class Answerer:
     def _policy_inputs(self, questions: Questions, p_ret: np.ndarray) -> PolicyInputs:
         scores = None
         if SEARCH_BEFORE_DECIDING in self.policy.needs:
-            scores = self._retrieve(questions).scores
+            scores = self.search(questions).scores
         return PolicyInputs(
             example_ids=questions.ids, p_ret=p_ret, passage_scores=scores, retrieval_needed=questions.retrieval_needed
         )
 
-    def _retrieve(self, questions: Questions):
+    def search(self, questions: Questions):
+        """Passages for at most a bucket of questions: ``Retrieved`` of bucket size, the rows behind them repeat.
+
+        Raises:
+          UserError: there is no retriever.
+        """
         if self.retriever is None:
             raise UserError("A question retrieves but there is no index: give INDEX_DIR, or set GATE to 'never'.")
         bucket = self._bucket(len(questions))
         texts = list(questions.texts) + [questions.texts[-1]] * (bucket - len(questions))
-        found = self.retriever.retrieve(texts, pad_rows(questions.query_tokens, bucket), self.num_passages)
-        return found
+        return self.retriever.retrieve(texts, pad_rows(questions.query_tokens, bucket), self.num_passages)
 
     def _read_stage(self, questions, index, answers, targets) -> None:
         """Searches, reads and decodes rows ``index`` with evidence."""
         asked = questions.rows(index)
         bucket = self._bucket(len(index))
-        found = self._retrieve(asked)
+        found = self.search(asked)
         tokens = pad_rows(asked.question_tokens, bucket)
         passages = self.assemble(tokens, found.passage_tokens)
         state = self.programs.read(tokens, passages)
         answers.passage_rows[index] = found.rows[: len(index)]
         answers.passage_scores[index] = found.scores[: len(index)]
-        answers.encoder_tokens += int((passages[: len(index)] > 0).sum())
+        answers.encoder_tokens[index] += (passages[: len(index)] > 0).sum((1, 2))
         answers.padded_encoder_tokens += passages.size
         self._finish(state, np.arange(bucket) < len(index), index, bucket, answers, targets)
 

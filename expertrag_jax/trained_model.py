@@ -16,6 +16,7 @@ from expertrag_jax.assembly import (
     load_params,
 )
 from expertrag_jax.errors import UserError
+from expertrag_jax.gate.network import with_calibration
 from expertrag_jax.systems.description import rebuild
 from expertrag_jax.training import pretrained
 from expertrag_jax.vocabulary import Vocabulary
@@ -65,7 +66,8 @@ def open_model(model_dir: str | Path, checkpoint_path: str | Path | None = None,
         )
     system = rebuild(facts["system"])
     check_answers(system)
-    settings = _trained_settings(system, facts, _threshold(model_dir))
+    gate = _calibration(model_dir)
+    settings = _trained_settings(system, facts, gate.get("threshold", 0.5))
     changes = {name: value for name, value in changes.items() if value is not None}
     settings = dataclasses.replace(settings, **changes)
     reader, retriever = (
@@ -73,6 +75,8 @@ def open_model(model_dir: str | Path, checkpoint_path: str | Path | None = None,
         for path, name in ((READER_VOCABULARY, "reader"), (RETRIEVER_VOCABULARY, "retriever"))
     )
     params = load_params(system, source)
+    if gate:
+        params = dict(params) | {"gate": with_calibration(params["gate"], gate["scale"], gate["bias"])}
     return Model(system, params, source, reader, retriever, settings, facts.get("index_dir"))
 
 
@@ -85,18 +89,19 @@ def _trained_settings(system: Any, facts: Mapping[str, Any], threshold: float) -
         reader_length=int(lengths.get("passages") or question_length),
         answer_length=int(system.max_target_length),
         num_passages=int(facts.get("num_passages") or 1),
-        fusion=system.fusion,
+        fusion=getattr(system, "fusion", "per_passage"),
         threshold=threshold,
     )
 
 
-def _threshold(model_dir: Path) -> float:
-    """The calibrated threshold in ``gate.json``; 0.5 where the gate was not calibrated."""
+def _calibration(model_dir: Path) -> dict[str, float]:
+    """Threshold, scale and bias in ``gate.json``; empty where the gate was not calibrated."""
     path = model_dir / GATE_FILE
     if not path.is_file():
-        return 0.5
+        return {}
     try:
-        return float(json.loads(path.read_text())["threshold"])
+        stored = json.loads(path.read_text())
+        return {name: float(stored[name]) for name in ("threshold", "scale", "bias")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): run `expertrag calibrate` again.") from None
 
