@@ -1,8 +1,7 @@
 """From files to a system that answers: parameters, vocabularies and index joined into an `Answerer`.
 
 `answerer_from_model` joins a system, parameters and an index; `tokenise_questions` makes what the answerer is
-asked. Everything that must fit together is compared here: the index's vocabularies, width and encoder with the
-model's.
+asked. What must fit together is compared here: the index's vocabularies, width and encoder with the model's.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.gate.policy import Always, Learned, Never, Policy
 from expertrag_jax.retrieval.corpus import Question
 from expertrag_jax.retrieval.index import open_index
-from expertrag_jax.retrieval.manifest import check_matches, parameters_digest
+from expertrag_jax.retrieval.manifest import Manifest, check_matches, parameters_digest, read_manifest
 from expertrag_jax.retrieval.retriever import Retriever
 from expertrag_jax.training import pretrained
 from expertrag_jax.vocabulary import EOS_ID, Vocabulary
@@ -87,7 +86,7 @@ def load_params(system: Any, checkpoint_path: str | Path) -> Any:
 
 def check_answers(system: Any) -> None:
     """Raises UserError for a system that cannot be asked: a dual encoder."""
-    needed = ("encode_question", "decide", "read", "begin", "decode_step")
+    needed = ("encode_question", "decide", "begin", "decode_step")
     if not all(hasattr(system, name) for name in needed):
         raise UserError(
             f"a {type(system).__name__} does not answer questions: name the directory of a trained ExpertRAG."
@@ -107,40 +106,64 @@ def encoder_digest(params: Any) -> str | None:
     return parameters_digest(jax.tree.map(np.asarray, dict(params["query_encoder"])))
 
 
-def make_retriever(
-    index_dir: str | Path, programs: Programs, *, reader_vocabulary: str, retriever_vocabulary: str,
-    encoder_digest: str | None = None, dimension: int | None = None, max_batch: int = 64,
-) -> Retriever:
-    """Opens an index for a model.
+def check_index(
+    manifest: Manifest,
+    reader_vocabulary: str,
+    retriever_vocabulary: str,
+    encoder_digest: str | None,
+    dimension: int | None,
+) -> None:
+    """Compares an index with a model.
 
     Args:
-      programs: gives ``query_vectors``, unless the index is lexical.
       reader_vocabulary, retriever_vocabulary: digests. encoder_digest: see `encoder_digest`.
       dimension: D of the query vectors, None where there is no query encoder.
-      max_batch: queries encoded at a time.
 
     Raises:
-      UserError: no index there, a damaged one, or one of another vocabulary, width or encoder.
+      UserError: it is of another vocabulary, width or encoder, or stores no tokens.
     """
-    loaded = open_index(index_dir)
-    dense = loaded.index.needs_vectors
+    dense = manifest.dimension is not None
     if dense and dimension is None:
         raise UserError(
-            f"the {loaded.manifest.kind} index at {index_dir} searches by vectors but the model has no query "
-            "encoder: name a lexical index, or train with a retriever."
+            f"the {manifest.kind} index searches by vectors but the model has no query encoder: name a "
+            "lexical index, or train with a retriever."
         )
-    if loaded.tokens is None:
-        raise UserError(
-            f"the index at {index_dir} stores no passage tokens: build it with the reader's vocabulary."
-        )
+    if manifest.token_length is None:
+        raise UserError("the index stores no passage tokens: build it with the reader's vocabulary.")
     check_matches(
-        loaded.manifest,
+        manifest,
         vocabulary_digest=reader_vocabulary,
         retriever_vocabulary_digest=retriever_vocabulary if dense else None,
         encoder_digest=encoder_digest if dense else None,
         dimension=dimension if dense else None,
     )
-    encode = programs.query_vectors if dense else None
+
+
+def make_retriever(
+    index_dir: str | Path,
+    programs: Programs,
+    *,
+    reader_vocabulary: str,
+    retriever_vocabulary: str,
+    encoder_digest: str | None = None,
+    dimension: int | None = None,
+    max_batch: int = 64,
+) -> Retriever:
+    """Opens an index for a model.
+
+    Args:
+      programs: gives ``query_vectors``, unless the index is lexical.
+      reader_vocabulary, retriever_vocabulary, encoder_digest, dimension: see `check_index`.
+      max_batch: queries encoded at a time.
+
+    Raises:
+      UserError: no index there, a damaged one, or one of another model.
+    """
+    check_index(
+        read_manifest(index_dir), reader_vocabulary, retriever_vocabulary, encoder_digest, dimension
+    )
+    loaded = open_index(index_dir)
+    encode = programs.query_vectors if loaded.index.needs_vectors else None
     return Retriever(loaded, encode, encoder_digest=encoder_digest, max_batch=max_batch)
 
 
@@ -195,10 +218,13 @@ def answerer_from_model(
     if index_dir is not None:
         config = getattr(system, "retriever", None)
         retriever = make_retriever(
-            index_dir, programs, reader_vocabulary=reader_vocabulary.digest,
+            index_dir,
+            programs,
+            reader_vocabulary=reader_vocabulary.digest,
             retriever_vocabulary=(retriever_vocabulary or reader_vocabulary).digest,
             encoder_digest=encoder_digest(params),
-            dimension=None if config is None else config.output_dim, max_batch=settings.buckets[-1],
+            dimension=None if config is None else config.output_dim,
+            max_batch=settings.buckets[-1],
         )
     return make_answerer(programs, retriever, policy, settings)
 

@@ -23,7 +23,7 @@ BLOCKED = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "sca
 HOUSE = (
     ("entry points", tuple(ENTRY_POINTS)),
     ("interop", ("interop",)),
-    ("from files to answers", ("assembly", "trained_model")),
+    ("from files to answers", ("assembly", "trained_model", "service")),
     ("answering", ("answering",)),
     ("training", ("training",)),
     ("tasks", ("tasks",)),

@@ -1,0 +1,1 @@
+"""Checkpoints and programs in and out of this code: formats that others read."""

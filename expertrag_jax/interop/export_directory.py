@@ -1,0 +1,146 @@
+"""The files of an export: its manifest, written whole or not at all, and checked when read.
+
+::
+
+    manifest.json            format, settings, system, programs, digests (see `ExportManifest`)
+    parameters/              Orbax directory, also a place to start training from
+    programs/NAME.jaxexport  serialised `jax.export` programs, parameters are their first argument
+    vocabulary/reader.model, vocabulary/retriever.model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import expertrag_jax
+from expertrag_jax import directories
+from expertrag_jax.errors import UserError
+from expertrag_jax.retrieval.manifest import file_entry
+
+MANIFEST_NAME, PARAMETERS, PROGRAMS = "manifest.json", "parameters", "programs"
+FORMAT, FORMAT_VERSION = "expertrag_jax.export", 1
+_LIBRARIES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportManifest:
+    """What an export says about itself; digests are SHA-256 in hex.
+
+    Attributes:
+      settings: ``assembly.AnswerSettings`` as JSON. system: ``systems.description.describe`` of it.
+      vocabularies: {"reader": digest, "retriever": digest}.
+      query_encoder: {"dimension": D, "digest": of its parameters}, or None.
+      index: {"path": relative to the export, "digest": of its manifest}, or None.
+      programs: name -> {"arguments", "results"}: shapes and dtypes behind the parameters, for other runtimes.
+      platforms: what the programs were lowered for. versions: libraries that wrote the export.
+      files: size in bytes and digest of every other file, by path inside the export.
+    """
+
+    settings: dict[str, Any]
+    system: dict[str, Any]
+    vocabularies: dict[str, str]
+    query_encoder: dict[str, Any] | None
+    index: dict[str, str] | None
+    programs: dict[str, dict[str, Any]]
+    platforms: list[str]
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]]
+    format_version: int = FORMAT_VERSION
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide whether a program can be read."""
+    found = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"expertrag_jax": expertrag_jax.__version__, **found}
+
+
+def check_writable(directory: str | Path, overwrite: bool = False) -> None:
+    """Refuses a place where `written` would refuse to write.
+
+    Raises:
+      UserError: an export is there and ``overwrite`` is False, or something else is there.
+    """
+    directory = Path(directory)
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not (directory / MANIFEST_NAME).is_file():
+        raise UserError(
+            f"{directory} exists and is not an export: nothing was overwritten; name another directory."
+        )
+    read_manifest(directory)  # an index has a manifest of that name too
+    if not overwrite:
+        raise UserError(
+            f"{directory} already holds an export: nothing was overwritten; name another directory or add "
+            "--overwrite."
+        )
+
+
+@contextlib.contextmanager
+def written(directory: str | Path, overwrite: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Gives a directory to fill and a dict for the manifest's other fields; at the end it gets its name.
+
+    Raises:
+      UserError: see `check_writable`.
+    """
+    directory = Path(os.path.abspath(directory))
+    check_writable(directory, overwrite)
+    with directories.built_beside(directory) as built:
+        fields: dict[str, Any] = {}
+        yield built, fields
+        files = sorted(path for path in built.rglob("*") if path.is_file())
+        entries = {path.relative_to(built).as_posix(): file_entry(path) for path in files}
+        manifest = ExportManifest(versions=library_versions(), files=entries, **fields)
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1, sort_keys=True)
+        (built / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        for path in [*built.rglob("*"), built]:
+            directories.sync(path)
+        check_writable(directory, overwrite)
+        directories.install(built, directory)
+
+
+def read_manifest(directory: str | Path) -> ExportManifest:
+    """Reads an export's manifest.
+
+    Raises:
+      UserError: the directory or its manifest is missing, damaged, or of another format.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such export directory: write one with `expertrag export`.")
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise UserError(f"{directory} is not an export: it has no {MANIFEST_NAME}.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): export the model again.") from None
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        raise UserError(f"{path} is not the manifest of an export: name what `expertrag export` wrote.")
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {fields.get('format_version')} but this release reads "
+            f"{FORMAT_VERSION}: export the model again."
+        )
+    try:
+        return ExportManifest(**fields)
+    except TypeError:
+        raise UserError(f"{path} is damaged (it lacks fields of a manifest): export again.") from None
+
+
+def check_files(directory: str | Path, manifest: ExportManifest) -> None:
+    """Raises UserError for the first file that is missing or is not the one that was written."""
+    for name, entry in manifest.files.items():
+        path = Path(directory) / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing from the export: copy the whole directory, or export again.")
+        if file_entry(path) != entry:
+            raise UserError(
+                f"{path} is damaged (its SHA-256 is not the manifest's): copy it again, or export again."
+            )
