@@ -20,7 +20,7 @@ import numpy as np
 
 from expertrag_jax import decoding, evidence
 from expertrag_jax.errors import UserError
-from expertrag_jax.gate.policy import Policy, PolicyInputs
+from expertrag_jax.gate.policy import Never, Policy, PolicyInputs
 
 SEARCH_BEFORE_DECIDING = "passage_scores"
 
@@ -195,6 +195,7 @@ class Answerer:
 
     def warm_up(self, questions: Questions) -> None:
         """Compiles every bucket of both arms on a few of ``questions``."""
+        policy, self.policy = self.policy, Never()
         for bucket in self.buckets:
             index = np.arange(min(bucket, len(questions)))
             if len(index) < bucket:
@@ -203,6 +204,18 @@ class Answerer:
             self._question_stage(questions, index, scratch, None)
             if self.retriever is not None:
                 self._read_stage(questions, index, scratch, None)
+        self.policy = policy
+
+    def padded_tokens(self, retrieving: int, questions: Questions) -> int:
+        """Encoder tokens that ``answer`` computes, padding included, when that many of the questions retrieve."""
+        batch, length = self.buckets[-1], questions.question_tokens.shape[1]
+        asked, read = len(questions), retrieving
+        passages = 1 if self._fusion == "concatenate" else self.num_passages
+
+        def rows(count):
+            return count // batch * batch + (self._bucket(count % batch) if count % batch else 0)
+
+        return rows(asked) * length + rows(read) * passages * self.reader_length
 
     def _empty(self, count: int) -> Answers:
         passages = (count, self.num_passages)

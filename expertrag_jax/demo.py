@@ -1,0 +1,396 @@
+"""The main job, from nothing to a report: a generated world, a retriever, an index, ExpertRAG, its gate, an export.
+
+Every step is one that a user's own job takes, by the same functions: ``train``, ``build_index``, ``export``, ``infer``.
+A run that was stopped goes on where it was; a finished stage is not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from expertrag_jax import comparison, gate_training, launch
+from expertrag_jax.assembly import load_params, tokenise_answers
+from expertrag_jax.data.interleave import Curriculum, Interleave
+from expertrag_jax.data.pipeline import Pipeline
+from expertrag_jax.data.vocabularies import Vocabularies
+from expertrag_jax.evaluation.answers import exact_match
+from expertrag_jax.evaluation.checks import almanac_checks
+from expertrag_jax.evaluation.report import EditionResult, build_report, write_report
+from expertrag_jax.evaluation.table import print_report
+from expertrag_jax.export import export
+from expertrag_jax.index import build_index
+from expertrag_jax.infer import infer
+from expertrag_jax.retrieval.index import open_index
+from expertrag_jax.service import Service, service_from_model
+from expertrag_jax.stages import Stages, quiet
+from expertrag_jax.systems.expert_rag import ExpertRAG
+from expertrag_jax.systems.retriever import DualEncoder
+from expertrag_jax.train import Stage, train
+from expertrag_jax.trained_model import open_model
+from expertrag_jax.training.pretrained import save_parameters
+from expertrag_jax.vocabulary import Vocabulary, train_vocabulary
+from tasks.almanac import AlmanacConfig, World
+from tasks.almanac.builder import prepare
+from tasks.almanac.read import read_split
+from tasks.almanac_tasks import register_almanac
+
+FLAGS = {"--model_dir": ("model_dir", "folder of everything that the run writes")}
+MACROS = ("MODEL_DIR", "RANDOM_SEED", "NUM_PASSAGES", "NUM_EXPERTS", "RETRIEVAL_COST")
+EXAMPLE = "expertrag demo --gin_file=runs/almanac.gin --gin.MODEL_DIR=runs/almanac"
+EDITIONS = ("1", "2")
+NUM_STAGES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """A stage of the reader's curriculum: ``steps`` batches of ``batch_size`` from the almanac's lesson ``name``.
+
+    Attributes: length: P, tokens of question and passage.
+    """
+
+    name: str
+    steps: int
+    batch_size: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What the generator reads and remembers, in which order.
+
+    Attributes:
+      lessons: open book only, one after the other. Then, to the end, turns of closed book and articles.
+      closed_book_batch, articles_batch: batch sizes of the turns. closed_book_share: closed-book batches for each
+        one of articles.
+    """
+
+    lessons: Sequence[Lesson]
+    closed_book_batch: int
+    articles_batch: int
+    closed_book_share: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """How much is measured.
+
+    Attributes:
+      throughput_questions, rounds: questions per timed run of a policy, and runs of each.
+      latency_questions: asked one at a time. exported_questions: answered with the export.
+    """
+
+    throughput_questions: int = 384
+    rounds: int = 5
+    latency_questions: int = 60
+    exported_questions: int = 256
+
+
+@dataclasses.dataclass
+class Demo:
+    """What the stages share; ``lengths`` are SeqIO's: inputs, targets, query, passages (the reader's input)."""
+
+    directory: Path
+    world: World
+    retriever: DualEncoder
+    system: ExpertRAG
+    schedule: Schedule
+    measuring: Measuring
+    lengths: dict[str, int]
+    passage_length: int
+    retriever_batch: int
+    gate_batch: int
+    num_passages: int
+    seed: int
+    stages: Stages
+
+    @property
+    def vocabulary_path(self) -> str:
+        """The one vocabulary of reader and retriever."""
+        return str(self.directory / "vocabulary.model")
+
+    def index_dir(self, edition: str) -> str:
+        """Where the index of an edition of the corpus lies."""
+        return str(self.directory / f"index_{edition}")
+
+
+def demo(
+    model_dir: str,
+    world: AlmanacConfig,
+    retriever: DualEncoder,
+    system: ExpertRAG,
+    schedule: Schedule,
+    measuring: Measuring,
+    task_feature_lengths: dict[str, int],
+    passage_length: int = 64,
+    vocabulary_size: int = 1600,
+    retriever_batch: int = 128,
+    gate_batch: int = 256,
+    num_passages: int = 4,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Runs the almanac: trains, gates, evaluates on two editions of the corpus, exports, answers.
+
+    Args:
+      model_dir: everything goes below it; ``report.html`` and ``report.json`` at the end.
+      world: size and seed of the world. retriever, system: what is trained on it.
+      schedule: of the generator. measuring: of the evaluation.
+      task_feature_lengths: of ``inputs`` (questions), ``targets``, ``query`` and ``passages`` (the reader's input).
+      passage_length: tokens of an article in the index. vocabulary_size: pieces at most.
+      retriever_batch, gate_batch: batch sizes. num_passages: K. seed: of training and measuring.
+    Returns:
+      The report, as in ``report.json``.
+    """
+    directory = Path(model_dir).expanduser().absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    # Stages compile the same programs again, and so does a run that goes on.
+    jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    stages = Stages(NUM_STAGES)
+    run = Demo(
+        directory, World(world), retriever, system, schedule, measuring, dict(task_feature_lengths), passage_length,
+        retriever_batch, gate_batch, num_passages, seed, stages,
+    )
+    tasks = generate(run, world, vocabulary_size)
+    train_retriever(run, tasks)
+    index_editions(run)
+    train_generator(run, tasks)
+    service = train_gate(run, world)
+    results = {edition: evaluate_edition(run, world, service, edition) for edition in EDITIONS}
+    export_and_answer(run, world, service)
+    report = build_report(
+        results, stages.wall_seconds, title="ExpertRAG on the almanac", seed=seed, stages=stages.seconds,
+        losses=read_losses(run), expert_load=read_expert_load(run), settings=settings(run, world),
+        notes=NOTES, checks=almanac_checks,
+    )
+    page = write_report(report, directory)
+    print_report(report)
+    print(f"report: {page}", flush=True)
+    return report
+
+
+NOTES = (
+    "Exact match after SQuAD's normalisation; intervals resample facts.",
+    "Speeds are medians of runs taken in turn on the machine named above, gate and search included.",
+    "Answers of random, gate and oracle are those of the two arms; real runs of each checked that they are equal.",
+)
+
+
+def generate(run: Demo, world: AlmanacConfig, vocabulary_size: int) -> dict[str, Any]:
+    """The world as TFDS splits, the corpus's editions as TSV, and the vocabulary; returns the SeqIO tasks."""
+    with run.stages.stage("generate the world") as advance:
+        prepare(world, run.directory / "world", progress=False)
+        for edition in (0, 1, 2):
+            run.world.write_corpus_tsv(run.directory / f"corpus_{edition}.tsv", edition)
+        advance(note=f"{world.num_entities} entities, {world.num_training_questions} training questions")
+    with run.stages.stage("train the vocabulary") as advance:
+        if not Path(run.vocabulary_path).exists():
+            corpus = run.world.passages(0)
+            questions = read_split(world, run.directory / "world", "train_closed_book")
+            sentences = [f"{title} {text}" for title, text in zip(corpus.titles, corpus.texts)]
+            sentences += [f"{example['question']} {example['answers'][0]}" for example in questions]
+            train_vocabulary(sentences, vocabulary_size, run.vocabulary_path)
+        vocabulary = Vocabulary.from_file(run.vocabulary_path)
+        advance(note=f"{vocabulary.size} pieces")
+    return register_almanac(world, run.directory / "world", Vocabularies(run.vocabulary_path))
+
+
+def train_retriever(run: Demo, tasks: dict[str, Any]) -> None:
+    """Questions against articles: in-batch and namesake negatives."""
+    lengths = {"query": run.lengths["query"], "passages": run.passage_length}
+    pipeline = Pipeline(tasks["retriever"], lengths, run.retriever_batch, seed=run.seed)
+    run_training(run, "train the retriever", "retriever", run.retriever, {"retriever": pipeline})
+
+
+def index_editions(run: Demo) -> None:
+    """One ScaNN index for each edition that is asked about."""
+    with run.stages.stage("embed and index", total=len(EDITIONS)) as advance:
+        for edition in EDITIONS:
+            if not Path(run.index_dir(edition)).exists():
+                with quiet():
+                    build_index(
+                        run.index_dir(edition), corpus=str(run.directory / f"corpus_{edition}.tsv"),
+                        vocabulary=run.vocabulary_path, kind="scann", retriever=str(run.directory / "retriever"),
+                        passage_length=run.passage_length,
+                    )
+            advance(note=f"edition {edition}: {open_index(run.index_dir(edition)).manifest.kind}")
+
+
+def train_generator(run: Demo, tasks: dict[str, Any]) -> None:
+    """The reader's lessons, then articles and closed-book questions in turn."""
+    schedule = run.schedule
+
+    def pipeline(task, batch_size, length=None):
+        lengths = run.lengths | ({"passages": length} if length else {})
+        return Pipeline(tasks[task], lengths, batch_size, seed=run.seed)
+
+    lessons = [pipeline(f"open_book_{lesson.name}", lesson.batch_size, lesson.length) for lesson in schedule.lessons]
+    turns = Interleave(
+        [
+            pipeline("closed_book", schedule.closed_book_batch),
+            pipeline("open_book_articles", schedule.articles_batch, run.lengths["passages"]),
+        ],
+        [schedule.closed_book_share, 1],
+    )
+    data = Curriculum([*lessons, turns], [*(lesson.steps for lesson in schedule.lessons), None])
+    run_training(
+        run, "train the generator", "generator", run.system, {"generator": data}, [Stage("generator", "generator")],
+        initial={"query_encoder": str(run.directory / "retriever")},
+    )
+
+
+def run_training(run: Demo, title, folder, system, datasets, stages=None, initial=None) -> None:
+    """One call of the job ``train`` with the stage's progress bar."""
+    total = sum(phase.steps for phase in system.phases if phase.name in datasets)
+    with run.stages.stage(title, total=total) as advance:
+        done = [0]
+
+        def progress(record):
+            advance(record["phase_step"] - done[0], f"loss {record['loss']:.3f}" if "loss" in record else "")
+            done[0] = record["phase_step"]
+
+        train(
+            str(run.directory / folder), system, datasets, run.vocabulary_path, run.lengths, stages=stages,
+            seed=run.seed, checkpoint_period=1000, log_period=20, initial_checkpoint=initial,
+            num_passages=run.num_passages, index_dir=run.index_dir("1"), progress=progress,
+        )
+
+
+def train_gate(run: Demo, world: AlmanacConfig) -> Service:
+    """Measures both arms on the gate's questions, trains on them, calibrates on validation; the finished service."""
+    prepared = run.directory / "gate_start"
+    reader = service_from_model(open_model(run.directory / "generator"), "gate", run.index_dir("1"))
+    records = read_split(world, run.directory / "world", "gate")
+    questions = reader.tokenise([record["question"] for record in records])
+    vocabulary = Vocabulary.from_file(run.vocabulary_path)
+    targets = tokenise_answers([record["answers"][0] for record in records], vocabulary, run.lengths["targets"])
+    with run.stages.stage("measure both arms", total=len(records)) as advance:
+        params = load_params(run.system, run.directory / "generator")
+        examples = gate_training.measure_arms(run.system, params, reader.answerer, questions, targets, advance)
+        if not prepared.exists():
+            save_parameters(prepared, gate_training.with_standardised_gate(params, examples.features))
+    dataset = gate_training.GateDataset(examples, run.gate_batch, run.seed)
+    run_training(
+        run, "train the gate", "model", run.system, {"gate": dataset}, [Stage("gate", "gate")], initial=str(prepared)
+    )
+    with run.stages.stage("calibrate the gate") as advance:
+        service = service_from_model(open_model(run.directory / "model"), "gate", run.index_dir("1"))
+        records = read_split(world, run.directory / "world", "validation")
+        questions = service.tokenise([record["question"] for record in records])
+        arms = comparison.run_arms(service.answerer, questions, correctness(records, vocabulary))
+        found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with)
+        found.write(run.directory / "model")
+        advance(note=f"threshold {found.threshold:.3f}, validation rate {found.retrieval_rate:.2f}")
+    return service_from_model(open_model(run.directory / "model"), "gate", run.index_dir("1"))
+
+
+def correctness(records: Sequence[dict], vocabulary: Vocabulary) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Exact match of answer tokens [n, T] with the records' answers at ``rows`` [n]."""
+
+    def correct(tokens, rows):
+        answers = [vocabulary.decode(row.tolist()) for row in tokens]
+        return np.array([bool(exact_match(a, records[row]["answers"])) for a, row in zip(answers, rows)])
+
+    return correct
+
+
+def evaluate_edition(run: Demo, world: AlmanacConfig, service: Service, edition: str) -> EditionResult:
+    """Five policies on the test questions, with this edition's index swapped in."""
+    records = read_split(world, run.directory / "world", f"test_edition_{edition}")
+    answerer, measuring = service.answerer, run.measuring
+    loaded = open_index(run.index_dir(edition))
+    answerer.retriever.swap(loaded)
+    questions = service.tokenise([record["question"] for record in records])
+    questions = dataclasses.replace(questions, ids=np.array([record["id"] for record in records]))
+    answerer.warm_up(questions)
+    total = 2 * len(records) + 5 * measuring.rounds
+    with run.stages.stage(f"evaluate on edition {edition}", total=total) as advance:
+        arms = comparison.run_arms(answerer, questions, correctness(records, service.reader_vocabulary), advance)
+        threshold = service.settings.threshold
+        policies = comparison.five_policies(threshold, float((arms.p_ret >= threshold).mean()), run.seed)
+        timing = comparison.time_policies(
+            answerer, questions, arms, policies, throughput_questions=measuring.throughput_questions,
+            latency_questions=measuring.latency_questions, rounds=measuring.rounds, progress=advance,
+        )
+        results = comparison.policy_results(answerer, questions, arms, policies, timing)
+        row_of = loaded.passages.row_of()
+        gold = [row_of[f"e{record['entity']}"] for record in records]
+        advance(0, note=f"gate {results['gate'].correct.mean():.3f} at rate {results['gate'].retrieve.mean():.2f}")
+    if timing.differing:
+        raise RuntimeError(f"{timing.differing} answers changed when a batch was split; they must not")
+    volatile = {record["relation"] for record in records if record["stratum"] == "volatile"}
+    return EditionResult(
+        policies=results, p_ret=arms.p_ret,
+        facts=np.array([record["entity"] * 1000 + record["relation"] for record in records]),
+        strata=np.array([record["stratum"] for record in records]),
+        weights=np.array([record["weight"] for record in records]),
+        static=np.array([record["relation"] not in volatile for record in records]),
+        threshold=threshold, num_passages=run.num_passages,
+        retriever_recall=comparison.recall(arms.always.passage_rows, gold),
+        speed_up=timing.speed_up, description=EDITION_NOTES[edition],
+    )
+
+
+EDITION_NOTES = {
+    "1": "Half of the volatile facts changed after the generator was trained; the gate was trained on this edition.",
+    "2": "The other half changed as well; the index was swapped in, and nothing was trained on this edition.",
+}
+
+
+def export_and_answer(run: Demo, world: AlmanacConfig, service: Service) -> None:
+    """Exports the model, and answers a file of questions with the export."""
+    questions, answers = run.directory / "questions.jsonl", run.directory / "answers.jsonl"
+    with run.stages.stage("export") as advance, quiet():
+        export(str(run.directory / "model"), str(run.directory / "export"), index_dir=run.index_dir("2"),
+               buckets=service.settings.buckets, overwrite=True)
+        advance()
+    with run.stages.stage("answer with the export") as advance:
+        records = read_split(world, run.directory / "world", "test_edition_2")[: run.measuring.exported_questions]
+        lines = [{"id": str(r["id"]), "question": r["question"], "answers": r["answers"]} for r in records]
+        questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with quiet():
+            infer(str(questions), str(answers), export_dir=str(run.directory / "export"), overwrite=True)
+        found = [json.loads(line)["prediction"] for line in answers.read_text().splitlines()]
+        right = np.mean([bool(exact_match(a, r["answers"])) for a, r in zip(found, records)])
+        advance(note=f"{len(found)} questions, exact match {right:.3f}: {answers}")
+
+
+def read_log(run: Demo, folder: str) -> list[dict]:
+    """The records of a training run."""
+    path = run.directory / folder / "logs" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_losses(run: Demo) -> dict[str, list[tuple[int, float]]]:
+    """Per phase, the logged losses."""
+    folders = {"retriever": "retriever", "generator": "generator", "gate": "model"}
+    return {
+        phase: [(record["step"], record["loss"]) for record in read_log(run, folder) if "loss" in record]
+        for phase, folder in folders.items()
+    }
+
+
+def read_expert_load(run: Demo) -> dict[str, list[float]]:
+    """Per sparse layer, the share of tokens of each expert, mean over the last ten records."""
+    loads = [record["router/load"] for record in read_log(run, "generator") if "router/load" in record][-10:]
+    return {f"sparse layer {i + 1}": row for i, row in enumerate(np.mean(loads, axis=0).tolist())} if loads else {}
+
+
+def settings(run: Demo, world: AlmanacConfig) -> dict[str, Any]:
+    """What identifies the run in the report."""
+    return {
+        "entities": world.num_entities, "training questions": world.num_training_questions,
+        "world": world.digest, "passages read": run.num_passages, "experts": run.system.model.num_experts,
+        "generator steps": run.system.generator_steps, "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+if __name__ == "__main__":
+    launch.run("expertrag_jax.demo")
