@@ -5,10 +5,11 @@ It trains a dual encoder on passages alone, before (or without) questions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import tensorflow as tf
 
 from expertrag_jax.data import preprocessors
 from expertrag_jax.data.inline_passages import InlinePassages
-from expertrag_jax.data.preprocessors import record
+from expertrag_jax.data.preprocessors import Lengths, length_limit, record, tokenise, with_eos
 from expertrag_jax.data.question_tasks import number, register
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
@@ -55,16 +56,19 @@ def register_inverse_cloze(
         draw_pairs, removal_rate=removal_rate, count=pairs_per_passage, fewest_words=fewest_words, seed=seed
     )
     source = seqio.FunctionDataSource(_Source(corpus, draw), splits=("train",))
-    return register(retriever_task(name, source, vocabularies))
+    return register(retriever_task(name, source, vocabularies, TokeniseSentences(vocabularies.retriever)))
 
 
-def retriever_task(name: str, source: seqio.DataSource, vocabularies: Vocabularies) -> seqio.Task:
+def retriever_task(
+    name: str, source: seqio.DataSource, vocabularies: Vocabularies, tokenise_queries: Callable | None = None
+) -> seqio.Task:
     """A task that trains the dual encoder.
 
     Args:
       name: of the task.
       source: of ``pair_record``s.
       vocabularies: of reader and retriever.
+      tokenise_queries: chunks gain ``query``; None: ``TokeniseQuestions``, which refuses too long ones.
 
     Returns:
       A task with ``id``, ``query``, ``passages`` (the positive first) and ``passage_relevance``.
@@ -73,7 +77,7 @@ def retriever_task(name: str, source: seqio.DataSource, vocabularies: Vocabulari
         preprocessors.normalise(lambda example: example),
         seqio.CacheDatasetPlaceholder(),
         preprocessors.in_chunks,
-        preprocessors.TokeniseQuestions(vocabularies, targets=False),
+        tokenise_queries or preprocessors.TokeniseQuestions(vocabularies, targets=False),
         InlinePassages(vocabularies.retriever, with_question=False),
         preprocessors.single_examples,
     ]
@@ -84,6 +88,27 @@ def retriever_task(name: str, source: seqio.DataSource, vocabularies: Vocabulari
         "passage_relevance": number(tf.float32, 1),
     }
     return seqio.Task(name, source, features, steps)
+
+
+@dataclasses.dataclass
+class TokeniseSentences:
+    """Chunks gain ``query``: the sentence, cut where it is too long, for it is no question of a user.
+
+    Attributes:
+      vocabulary: of the retriever.
+      sequence_length: SeqIO's lengths, filled in by the task.
+    """
+
+    vocabulary: seqio.Vocabulary
+    sequence_length: Lengths | None = None
+
+    def __call__(self, ds: tf.data.Dataset) -> tf.data.Dataset:
+        """A dataset of chunks to a dataset of chunks."""
+        return ds.map(self._tokenise, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def _tokenise(self, chunk: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        tokens = tokenise(self.vocabulary, chunk["question"])
+        return dict(chunk) | {"query": with_eos(tokens, length_limit(self.sequence_length, "query"))}
 
 
 def pair_record(fields: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -14,6 +14,7 @@ from expertrag_jax.data.retrieval import Retrieve
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
 from expertrag_jax.gate.policy import Always, Policy
+from expertrag_jax.retrieval.corpus import Question
 
 MODES = ("closed_book", "decided", "both_arms")
 
@@ -100,3 +101,33 @@ def register(task: seqio.Task) -> seqio.Task:
         seqio.TaskRegistry.remove(task.name)
     seqio.TaskRegistry.add_provider(task.name, task)
     return task
+
+
+def read_task_questions(task: str | seqio.Task, split: str) -> list[Question]:
+    """The questions of a task's split as records, all answers kept, in the order of the source.
+
+    Args:
+      task: made by ``question_task``, or the registered name of one.
+      split: of the task.
+
+    Raises:
+      UserError: no such task or split, or it has no questions.
+    """
+    if isinstance(task, str):
+        try:
+            task = seqio.get_mixture_or_task(task)
+        except ValueError as error:
+            raise UserError(f"MIXTURE_OR_TASK_NAME: {str(error).splitlines()[0]}") from None
+    if split not in task.splits:
+        known = ", ".join(sorted(task.splits))
+        raise UserError(f"task {task.name} has no split {split!r}: choose one of {known}")
+    records = task.preprocessors[0](task.source.get_dataset(split, shuffle=False))
+    names = ("id", "question", "answers", "gold")
+    found = []
+    for record in records.map(lambda example: {name: example[name] for name in names}).as_numpy_iterator():
+        question, answers, gold = (record[name].decode("utf-8") for name in names[1:])
+        parts = (tuple(filter(None, joined.split(preprocessors.SEPARATOR))) for joined in (answers, gold))
+        found.append(Question(str(record["id"]), question, *parts))
+    if not found:
+        raise UserError(f"task {task.name} has no questions in its split {split!r}")
+    return found

@@ -1,0 +1,71 @@
+"""Calibrate a trained gate: make its probability honest and choose where to cut it, on validation questions.
+
+Writes MODEL_DIR/gate.json, which answering, evaluation and export read. The questions should be none that the
+generator or the gate was trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from expertrag_jax import gate_training, launch
+from expertrag_jax.errors import UserError
+from expertrag_jax.evaluate import answer_both, read_questions
+from expertrag_jax.evaluation.answers import SCORERS
+from expertrag_jax.gate.network import with_calibration
+from expertrag_jax.service import service_from_model
+from expertrag_jax.trained_model import GATE_FILE, open_model
+
+FLAGS = {
+    "--model_dir": ("model_dir", "folder of the trained model"),
+    "--questions": ("questions", "JSON lines with question and answers, for validation"),
+    "--checkpoint_path": ("checkpoint_path", "one of the model's checkpoints, in place of the newest"),
+    "--index_dir": ("index_dir", "index to search, in place of the training's"),
+    "--rule": ("rule", "how answers are scored: squad1, squad2, hotpot or kilt"),
+    "--tolerance": ("tolerance", "accuracy that may be given up for a lower retrieval rate, a fraction"),
+    "--overwrite": ("overwrite", "replace an earlier calibration"),
+}
+MACROS = ("MODEL_DIR", "CHECKPOINT_PATH", "INDEX_DIR")
+EXAMPLE = "expertrag calibrate --model_dir=runs/qa --questions=validation.jsonl"
+
+
+def calibrate(
+    model_dir: str,
+    questions: str,
+    checkpoint_path: str | None = None,
+    index_dir: str | None = None,
+    rule: str = "squad1",
+    tolerance: float = 0.005,
+    overwrite: bool = False,
+) -> gate_training.Calibration:
+    """Fits Platt's line and chooses the threshold; see ``gate_training.calibrate``.
+
+    Raises:
+      UserError: bad input, or an earlier calibration and no ``overwrite``.
+    """
+    if rule not in SCORERS:
+        raise UserError(f"--rule={rule} is unknown: choose one of {', '.join(SCORERS)}.")
+    if (Path(model_dir) / GATE_FILE).exists() and not overwrite:
+        raise UserError(f"{Path(model_dir) / GATE_FILE} exists: nothing was overwritten; add --overwrite.")
+    asked = read_questions(questions, None, "")
+    model = open_model(model_dir, checkpoint_path)
+    if "gate" not in model.params:
+        raise UserError(f"{model_dir} holds a {type(model.system).__name__}: it has no gate to calibrate.")
+    gate = with_calibration(model.params["gate"], 1.0, 0.0)  # as trained, whatever gate.json says
+    model = dataclasses.replace(model, params=dict(model.params) | {"gate": gate})
+    service = service_from_model(model, "gate", index_dir)
+    arms = answer_both(service, asked, rule)
+    found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, tolerance)
+    path = found.write(model_dir)
+    print(
+        f"threshold {found.threshold:.4f}: on {found.questions} questions, accuracy {found.accuracy:.4f} at a "
+        f"retrieval rate of {found.retrieval_rate:.3f} (always {found.accuracy_always:.4f}, never "
+        f"{found.accuracy_never:.4f})\n{path}",
+        flush=True,
+    )
+    return found
+
+
+if __name__ == "__main__":
+    launch.run("expertrag_jax.calibrate")

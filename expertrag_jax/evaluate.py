@@ -1,0 +1,266 @@
+"""Score a trained system, its retriever and its gate on questions with known answers.
+
+Every question is answered without and with evidence; what the policies never, always, random, gate and oracle
+make of these answers is scored, and their speed is measured. Written: report.json, report.html,
+predictions.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from expertrag_jax import comparison, launch
+from expertrag_jax.errors import UserError
+from expertrag_jax.evaluation.answers import SCORERS, has_answer
+from expertrag_jax.evaluation.report import EditionResult, build_report, write_report
+from expertrag_jax.evaluation.table import print_report
+from expertrag_jax.infer import write_records
+from expertrag_jax.retrieval.corpus import Question, read_questions_jsonl, texts_of
+from expertrag_jax.retrieval.metrics import gold_rows, recall_at_k
+from expertrag_jax.service import Service, service_from_model
+from expertrag_jax.trained_model import Model, open_model
+from expertrag_jax.training.model_dir import LOGS
+
+FLAGS = {
+    "--model_dir": ("model_dir", "folder of the trained model"),
+    "--questions": ("questions", "JSON lines with question, answers, optional gold_passage_ids and stratum"),
+    "--output_dir": ("output_dir", "folder of the report, in place of MODEL_DIR/evaluation"),
+    "--checkpoint_path": ("checkpoint_path", "one of the model's checkpoints, in place of the newest"),
+    "--index_dir": ("index_dir", "index to search, in place of the training's"),
+    "--num_passages": ("num_passages", "passages read per question that retrieves"),
+    "--rule": ("rule", "how answers are scored: squad1, squad2, hotpot or kilt"),
+    "--overwrite": ("overwrite", "replace a report that is there"),
+}
+MACROS = ("MODEL_DIR", "EVAL_OUTPUT_DIR", "CHECKPOINT_PATH", "INDEX_DIR", "NUM_PASSAGES", "RANDOM_SEED")
+EXAMPLE = "expertrag evaluate --model_dir=runs/qa --questions=test.jsonl"
+CUTS = (1, 5, 20, 100)
+EDITION = "test"  # the report's one set of questions
+
+_LOG = logging.getLogger(__name__)
+
+
+def evaluate(
+    model_dir: str,
+    questions: str | None = None,
+    task: Any = None,
+    split: str = "test",
+    output_dir: str | None = None,
+    checkpoint_path: str | None = None,
+    index_dir: str | None = None,
+    num_passages: int | None = None,
+    buckets: Sequence[int] | None = None,
+    rule: str = "squad1",
+    throughput_questions: int = 256,
+    latency_questions: int = 40,
+    rounds: int = 3,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Evaluates and returns what ``report.json`` holds.
+
+    Args:
+      model_dir: written by training.
+      questions: JSON lines. Or task and split: a question task (``data.question_tasks``); its source is read.
+      output_dir: new, or an earlier report if ``overwrite``.
+      checkpoint_path, index_dir, num_passages, buckets: see `infer`.
+      rule: a key of ``evaluation.answers.SCORERS``.
+      throughput_questions, latency_questions, rounds: see ``comparison.time_policies``.
+      seed: of the policy random and of the intervals.
+
+    Raises:
+      UserError: bad input; nothing is overwritten.
+    """
+    start = time.monotonic()
+    if rule not in SCORERS:
+        raise UserError(f"--rule={rule} is unknown: choose one of {', '.join(SCORERS)}.")
+    directory = Path(output_dir or Path(model_dir) / "evaluation")
+    check_output_dir(directory, overwrite)
+    asked = read_questions(questions, task, split)
+    model = open_model(model_dir, checkpoint_path, num_passages=num_passages, buckets=buckets)
+    service = service_from_model(model, "gate", index_dir)
+    if service.answerer.retriever is None:
+        raise UserError(
+            "this system reads no passages, so there is no gate to evaluate: use `expertrag infer`."
+        )
+    arms = answer_both(service, asked, rule)
+    timing, policies = time_policies(
+        service, asked, arms, throughput_questions, latency_questions, rounds, seed
+    )
+    tokens = service.tokenise(asked)
+    results = comparison.policy_results(service.answerer, tokens, arms, policies, timing)
+    retrieval = measure_retrieval(service, asked)
+    edition = EditionResult(
+        policies=results,
+        p_ret=arms.p_ret,
+        facts=np.arange(len(asked)),
+        strata=[str(question.extra.get("stratum", "all")) for question in asked],
+        threshold=service.settings.threshold,
+        num_passages=service.settings.num_passages,
+        retriever_recall=retrieval.get("recall_at_k", float("nan")),
+        speed_up=timing.speed_up,
+        description=f"{len(asked)} questions of {questions or task}.",
+    )
+    index = service.answerer.retriever.loaded.directory
+    report = build_report(
+        {EDITION: edition}, time.monotonic() - start, seed=seed, losses=read_losses(model_dir),
+        settings={"model": str(model.source), "index": str(index), "rule": rule},
+    )  # fmt: skip
+    add_scores(report, arms, results, model, asked, rule)
+    report["retrieval"] = retrieval
+    write_report(report, directory)
+    write_records(directory / "predictions.jsonl", predictions(service, asked, arms, results))
+    show(report, directory)
+    return report
+
+
+def check_output_dir(directory: Path, overwrite: bool) -> None:
+    """UserError where a report is there and is not to be replaced."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file: name a folder for the report.")
+    if (directory / "report.json").exists() and not overwrite:
+        raise UserError(
+            f"{directory} holds a report: nothing was overwritten; use --output_dir or --overwrite."
+        )
+
+
+def read_questions(path: str | None, task: Any, split: str) -> list[Question]:
+    """The questions of a file or of a task; UserError unless exactly one of them is given."""
+    if (path is None) == (task is None):
+        raise UserError("give either --questions, a file of JSON lines, or evaluate.task in a gin file.")
+    if path is not None:
+        return read_questions_jsonl(path)
+    from expertrag_jax.data.question_tasks import read_task_questions  # loads TensorFlow
+
+    return read_task_questions(task, split)
+
+
+def answer_both(service: Service, asked: Sequence[Question], rule: str) -> comparison.Arms:
+    """Answers everything without and with evidence; right is what scores 1 by the rule's exact match."""
+    tokens = service.tokenise(asked)
+    service.answerer.warm_up(tokens)
+
+    def correct(answer_tokens, rows):
+        texts = [service.reader_vocabulary.decode(answer) for answer in answer_tokens.tolist()]
+        return np.array(
+            [SCORERS[rule](text, asked[row].answers)["em"] == 1 for text, row in zip(texts, rows)]
+        )
+
+    with tqdm(total=2 * len(asked), desc="answer", unit="question") as bar:
+        return comparison.run_arms(service.answerer, tokens, correct, bar.update)
+
+
+def time_policies(service, asked, arms, throughput_questions, latency_questions, rounds, seed):
+    """(Timing, policies by name): real runs of every policy, which also check that no answer changes."""
+    rate = float((arms.p_ret >= service.settings.threshold).mean())
+    policies = comparison.five_policies(service.settings.threshold, rate, seed)
+    with tqdm(total=rounds * len(policies), desc="time", unit="run") as bar:
+        timing = comparison.time_policies(
+            service.answerer, service.tokenise(asked), arms, policies, rounds=rounds, progress=bar.update,
+            throughput_questions=throughput_questions, latency_questions=latency_questions,
+        )  # fmt: skip
+    if timing.differing:
+        _LOG.warning(
+            "%d answers changed when a batch was split: rounding decides near ties", timing.differing
+        )
+    return timing, policies
+
+
+def measure_retrieval(service: Service, asked: Sequence[Question]) -> dict[str, Any]:
+    """R@k against gold passages, and the share of questions with an answer among the first k passages.
+
+    ``recall_at_k`` is R@K of the K passages that are read; figures that nothing is known for are absent.
+    """
+    retriever, settings = service.answerer.retriever, service.settings
+    passages = retriever.loaded.passages
+    cuts = sorted({k for k in (*CUTS, settings.num_passages) if k <= len(passages)})
+    tokens = service.tokenise(asked)
+    rows = retriever.retrieve(texts_of(asked), tokens.query_tokens, cuts[-1]).rows
+    holds = np.array([
+        [row >= 0 and has_answer(passages.texts[row], question.answers) for row in found]
+        for question, found in zip(asked, rows.tolist())
+    ])  # fmt: skip
+    figures: dict[str, Any] = {
+        "questions": len(asked),
+        "answer_in_first": {str(k): float(holds[:, :k].any(-1).mean()) for k in cuts},
+    }
+    known = [place for place, question in enumerate(asked) if question.gold_passage_ids]
+    if known:
+        gold = gold_rows([asked[place] for place in known], passages)
+        recall = recall_at_k(rows[known], gold, cuts)
+        figures["questions_with_gold_passages"] = len(known)
+        figures["recall"] = {str(k): value for k, value in recall.items()}
+        figures["recall_at_k"] = recall[settings.num_passages]
+    return figures
+
+
+def add_scores(report, arms, results, model: Model, asked: Sequence[Question], rule: str) -> None:
+    """Adds every score of the rule but exact match, such as F1, to the report's policies."""
+    decode = model.reader_vocabulary.decode
+    scored = [
+        [
+            SCORERS[rule](decode(tokens), question.answers)
+            for tokens, question in zip(arm.tokens.tolist(), asked)
+        ]
+        for arm in (arms.never, arms.always)
+    ]
+    for name, result in results.items():
+        for score in scored[0][0]:
+            without, with_evidence = (np.array([each[score] for each in arm]) for arm in scored)
+            mean = float(np.where(result.retrieve, with_evidence, without).mean())
+            report["editions"][EDITION]["policies"][name].setdefault(score, mean)
+
+
+def predictions(service, asked, arms, results) -> list[dict[str, Any]]:
+    """One record per question: both answers, p_ret, the gate's decision, and the passages that were read."""
+    decode, passages = service.reader_vocabulary.decode, service.answerer.retriever.loaded.passages
+    return [
+        {
+            "id": question.id,
+            "question": question.question,
+            "answers": list(question.answers),
+            "without": decode(arms.never.tokens[place].tolist()),
+            "with": decode(arms.always.tokens[place].tolist()),
+            "p_ret": float(arms.p_ret[place]),
+            "retrieve": bool(results["gate"].retrieve[place]),
+            "passages": [passages.ids[row] for row in arms.always.passage_rows[place].tolist() if row >= 0],
+        }
+        for place, question in enumerate(asked)
+    ]
+
+
+def read_losses(model_dir: str) -> dict[str, list[tuple[int, float]]]:
+    """Per phase, (step, loss) as training logged them; empty where the logs are gone."""
+    path = Path(model_dir) / LOGS / "metrics.jsonl"
+    losses: dict[str, list[tuple[int, float]]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        record = json.loads(line)
+        if "loss" in record:
+            losses.setdefault(record["phase"], []).append((record["step"], record["loss"]))
+    return losses
+
+
+def show(report: dict[str, Any], directory: Path) -> None:
+    """Prints the table, the scores beside exact match, what retrieval found, and where the report is."""
+    print_report(report)
+    for name, policy in report["editions"][EDITION]["policies"].items():
+        others = {score: policy[score] for score in ("em", "f1", "accuracy", "rougel") if score in policy}
+        told = ", ".join(f"{score} {value:.4f}" for score, value in others.items())
+        print(f"{name:7} {told}, retrieval rate {policy['retrieval_rate']:.3f}")
+    for name in ("recall", "answer_in_first"):
+        cuts = report["retrieval"].get(name, {})
+        if cuts:
+            words = {"recall": "R@", "answer_in_first": "answer in first "}[name]
+            print(", ".join(f"{words}{k} {value:.3f}" for k, value in cuts.items()))
+    print(f"report: {directory / 'report.html'}", flush=True)
+
+
+if __name__ == "__main__":
+    launch.run("expertrag_jax.evaluate")
