@@ -28,13 +28,16 @@ CORE = [
     "bm25s>=0.3,<0.4",
     "PyStemmer>=3.0,<4",
     "tensorboardX>=2.6.4,<3",  # writes TensorBoard files without TensorFlow
+    "absl-py>=2.1",
     "matplotlib>=3.9,<4",
+    "rich>=13.7",
     "tqdm>=4.66",
 ]
 DATA = [
     "tensorflow>=2.20,<2.21",  # ScaNN's operations load beside 2.20 only
     "tensorflow-text>=2.20,<2.21",
     "tensorflow-datasets>=4.9.10,<5",
+    "importlib_resources>=6.4",  # TensorFlow Datasets 4.9.10 imports it without requiring it
     "seqio>=0.0.20,<0.1",
     "scann>=1.4.2,<1.5",
 ]
@@ -64,7 +67,7 @@ setup(
         "beam": ["apache-beam", "sentencepiece==0.2.1", "google-crc32c"],
         "t5x": ["t5x @ git+https://github.com/google-research/t5x"],  # not on the package index
         "hf": ["transformers", "safetensors>=0.5"],
-        "test": ["pytest>=8", "ruff>=0.9"],
+        "test": ["pytest>=8", "ruff>=0.9", "scipy>=1.14"],
     },
     entry_points={"console_scripts": ["expertrag = expertrag_jax.main:main"]},
 )

@@ -57,9 +57,9 @@ class Lesson:
     """
 
     name: str
-    steps: int
     batch_size: int
     length: int
+    steps: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +67,12 @@ class Schedule:
     """What the generator reads and remembers, in which order.
 
     Attributes:
-      lessons: open book only, one after the other. Then, to the end, turns of closed book and articles.
-      closed_book_batch, articles_batch: batch sizes of the turns. closed_book_share: closed-book batches for each
-        one of articles.
+      lessons: open book only, one after the other; the last one is never over: to the end, its batches take turns with
+        closed-book ones. closed_book_batch: questions in these. closed_book_share: how many of them to one of the lesson.
     """
 
     lessons: Sequence[Lesson]
     closed_book_batch: int
-    articles_batch: int
     closed_book_share: int
 
 
@@ -232,14 +230,9 @@ def train_generator(run: Demo, tasks: dict[str, Any]) -> None:
         return Pipeline(tasks[task], lengths, batch_size, seed=run.seed)
 
     lessons = [pipeline(f"open_book_{lesson.name}", lesson.batch_size, lesson.length) for lesson in schedule.lessons]
-    turns = Interleave(
-        [
-            pipeline("closed_book", schedule.closed_book_batch),
-            pipeline("open_book_articles", schedule.articles_batch, run.lengths["passages"]),
-        ],
-        [schedule.closed_book_share, 1],
-    )
-    data = Curriculum([*lessons, turns], [*(lesson.steps for lesson in schedule.lessons), None])
+    closed_book = pipeline("closed_book", schedule.closed_book_batch)
+    turns = Interleave([closed_book, lessons[-1]], [schedule.closed_book_share, 1])
+    data = Curriculum([*lessons[:-1], turns], [*(lesson.steps for lesson in schedule.lessons[:-1]), None])
     run_training(
         run, "train the generator", "generator", run.system, {"generator": data}, [Stage("generator", "generator")],
         initial={"query_encoder": str(run.directory / "retriever")},

@@ -34,8 +34,8 @@ def register_almanac(
     Returns:
       Tasks by what they train:
         "closed_book" (split train): question and answer of edition 0;
-        "open_book_<lesson>" (train), one for each of ``config.lessons``: K passages in ``passages``, the question in
-        front, and their relevance;
+        "open_book_<lesson>" (train), one for each of ``config.lessons``: K passages in ``passages``, the
+        question in front, and their relevance;
         "retriever" (train): ``query``, and in ``passages`` the positive and a hard negative, title and text;
         "questions" (gate, validation, test_edition_1, test_edition_2): question and answer.
     """
@@ -48,7 +48,7 @@ def register_almanac(
             vocabularies,
         ),
         **{
-            f"open_book_{lesson}": _open_book(f"{name}_open_book_{lesson}", config, data_dir, vocabularies, lesson)
+            f"open_book_{lesson}": _open_book(name, config, data_dir, vocabularies, lesson)
             for lesson in config.lessons
         },
         "retriever": _retriever(f"{name}_retriever", config, data_dir, vocabularies),
@@ -124,7 +124,8 @@ def _open_book(
         "passages": seqio.Feature(vocabularies.reader, rank=2),
         "passage_relevance": number(tf.float32, 1),
     }
-    return seqio.Task(name, almanac_source(config, data_dir, f"train_open_book_{lesson}"), features, steps)
+    source = almanac_source(config, data_dir, f"train_open_book_{lesson}")
+    return seqio.Task(f"{name}_open_book_{lesson}", source, features, steps)
 
 
 def _retriever(

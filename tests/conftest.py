@@ -1,9 +1,70 @@
 """Every test sees eight virtual CPU devices, no accelerator and no display; set before JAX is imported."""
 
+import importlib.util
 import os
+import pathlib
+import sys
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """The module ``tiny_model.py``."""
+    path = pathlib.Path(__file__).with_name("tiny_model.py")
+    spec = importlib.util.spec_from_file_location("tiny_model", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_model"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def compiled_programs(tmp_path_factory):
+    """Folder of compiled programs, shared by all tests with `fast_compile`."""
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def fast_compile(compiled_programs):
+    """Compiles with little optimisation, and each program once for all tests that ask for this."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        "jax_compilation_cache_dir": compiled_programs,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX looks at the folder's name only once
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model, tmp_path_factory):
+    """A tiny model on disk: `tiny_model.Made`; copy what a test changes."""
+    return tiny_model.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny):
+    """Its export, with the index in ``tiny.root``; copy what a test changes."""
+    from expertrag_jax.interop.serving import write_export
+    from expertrag_jax.trained_model import open_model
+
+    model = open_model(tiny.model_dir, buckets=tiny.settings.buckets)
+    write_export(tiny.root / "export", model, index_dir=tiny.index_dir)
+    return tiny.root / "export"

@@ -81,11 +81,11 @@ def interleave(weighted: Sequence[tuple[Batches, int]]) -> Interleave:
 
 @dataclasses.dataclass(eq=False)
 class Curriculum:
-    """``curriculum(start_step)`` yields the batches of several stages one after the other, each for its steps.
+    """``curriculum(start_step)`` yields the batches of several stages, one stage after the other.
 
     Attributes:
-      stages: callables from a start step to an iterator of batches; the position in a stage counts its own steps.
-      steps: of each stage; the last one may be None, "to the end".
+      stages: callables from a start step to an iterator of batches; each counts steps from its own start.
+      steps: of each stage, whole numbers from 0; the last one may be None, "to the end".
 
     Raises:
       UserError: no stage, or numbers of steps that do not fit the stages.
@@ -95,17 +95,27 @@ class Curriculum:
     steps: Sequence[int | None]
 
     def __post_init__(self):
-        if not self.stages or len(self.stages) != len(self.steps) or None in self.steps[:-1]:
+        wrong = [n for n in self.steps if n is not None and (n != int(n) or n < 0)]
+        if not self.stages or len(self.stages) != len(self.steps) or None in self.steps[:-1] or wrong:
             raise UserError(
-                f"a curriculum of {len(self.stages)} stages with steps {list(self.steps)}: give each stage its number of "
-                "steps; only the last may be None"
+                f"a curriculum of {len(self.stages)} stages with steps {list(self.steps)}: give each stage "
+                "its whole number of steps; only the last may be None"
             )
+        self.steps = [None if n is None else int(n) for n in self.steps]
 
     def __call__(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from ``start_step`` on; ends with the last stage."""
+        """Batches from ``start_step`` on; ends with the last stage, or with one that ends before its steps.
+
+        Going on to the next stage instead would part the position in the data from the step number.
+        """
+        position = start_step
         for stage, steps in zip(self.stages, self.steps):
-            if steps is not None and start_step >= steps:
-                start_step -= steps
+            if steps is not None and position >= steps:
+                position -= steps
                 continue
-            yield from itertools.islice(stage(start_step), None if steps is None else steps - start_step)
-            start_step = 0
+            for batch in itertools.islice(stage(position), None if steps is None else steps - position):
+                yield batch
+                position += 1
+            if position != steps:
+                return
+            position = 0

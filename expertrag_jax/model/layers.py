@@ -103,7 +103,9 @@ class RelativePositionBias(nn.Module):
         bucket = relative_bucket(
             distance, self.bidirectional, config.relative_buckets, config.relative_max_distance
         )
-        return table[:, bucket][None]
+        # A product with one-hot rows, as T5X has it: the gradient of a look-up would be a large scatter.
+        rows = jax.nn.one_hot(bucket, config.relative_buckets, axis=0)
+        return jnp.einsum("hb,bqk->hqk", table, rows, precision=jax.lax.Precision.HIGHEST)[None]
 
 
 def attention_mask(allowed: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Articles: four to six short sentences that state a value of every relation."""
+"""Articles: four to six short sentences that state a value of every relation; lessons state fewer."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class ArticleForms:
       clauses: int8 [M, R], which clause states each relation.
       plans: list of M tuples, how many relations each sentence states.
       pronouns: int8 [M].
-      repeats: bool [M, 6], whether a sentence starts with the name rather than the pronoun; always so in the
-        first.
+      repeats: bool [M, S], whether a sentence starts with the name rather than the pronoun; always so in the
+        first. S is the most sentences of an article, 6 for all relations.
     """
 
     def __init__(self, rng: np.random.Generator, count: int, order: np.ndarray | None = None):
@@ -53,8 +53,7 @@ class ArticleForms:
         lengths = rng.integers(len(plans), size=count)
         choices = rng.random(count)
         self.plans = [
-            plans[n][int(c * len(plans[n]))]
-            for n, c in zip(lengths.tolist(), choices.tolist(), strict=True)
+            plans[n][int(c * len(plans[n]))] for n, c in zip(lengths.tolist(), choices.tolist(), strict=True)
         ]
         self.pronouns = rng.integers(len(PRONOUNS), size=count).astype(np.int8)
         self.repeats = rng.random((count, len(plans[-1][0])), np.float32) < _NAME_SHARE

@@ -45,8 +45,7 @@ class Almanac(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(VERSION)
     BUILDER_CONFIGS = [AlmanacBuilderConfig(name="default", description="The default world.")]
 
-    # Nothing is downloaded, so there are no checksums to look for beside this file; looking for them would
-    # need importlib_resources, which TFDS 4.9.10 imports without requiring it.
+    # Nothing is downloaded, so there are no checksums to look for beside this file.
     url_infos = {}
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import zlib
 from collections.abc import Mapping
 
 import numpy as np
 
 from expertrag_jax.errors import UserError
+from tasks.almanac.phrasing import NUM_RELATIONS
 
 STRATA = ("head", "torso", "tail", "never", "volatile")
 QUESTION_SPLITS = ("gate", "validation", "test")
@@ -34,16 +36,35 @@ class Lesson:
     facts: int
     unrelated_share: float
 
+    def check(self, name: str) -> None:
+        """Raises AlmanacError, with the lesson's ``name``, where no passages can be like that."""
+        if not re.fullmatch(r"\w+", name):
+            raise AlmanacError(
+                f"AlmanacConfig.lessons: {name!r} cannot name a split; use letters, digits and underscores."
+            )
+        if min(self.examples, self.passages, self.facts) < 1 or self.facts > NUM_RELATIONS:
+            raise AlmanacError(
+                f"AlmanacConfig.lessons: {name!r} has {self.examples} examples of {self.passages} passages "
+                f"with {self.facts} facts; give at least 1 of each, and at most {NUM_RELATIONS} facts."
+            )
+        if not 0 <= self.unrelated_share <= 1:
+            raise AlmanacError(
+                f"AlmanacConfig.lessons: unrelated_share of {name!r} is {self.unrelated_share}; choose a "
+                "share from 0 to 1."
+            )
+
 
 READING_LESSONS = {
     "sentence": Lesson(3_000, passages=1, facts=1, unrelated_share=0.1),
     "strangers": Lesson(7_000, passages=2, facts=1, unrelated_share=1.0),
     "namesakes": Lesson(12_000, passages=2, facts=1, unrelated_share=0.1),
     "paragraphs": Lesson(6_000, passages=2, facts=4, unrelated_share=0.1),
-    "articles": Lesson(8_000, passages=2, facts=8, unrelated_share=0.1),
+    "articles": Lesson(4_000, passages=2, facts=8, unrelated_share=0.1),
+    "crowds": Lesson(6_000, passages=4, facts=8, unrelated_share=0.1),
 }
-"""The lessons of the demo, in order. A small reader that starts with whole articles copies from any of them (its loss
-stays at ln K); copying is learned from one sentence in 100 steps, matching names from two in 500 more."""
+"""The lessons of the demo, in order. A small reader that starts with whole articles copies from any of them
+(its loss stays at ln K); copying is learned from one sentence in 100 steps, matching names from two in 500
+more."""
 
 
 class AlmanacError(UserError, ValueError):
@@ -160,6 +181,8 @@ class AlmanacConfig:
                 f"AlmanacConfig: {first} first and {last} last names give {first * last} full names, too "
                 f"few for {self.num_entities} entities; raise num_first_names or num_last_names."
             )
+        for name, lesson in self.lessons.items():
+            lesson.check(name)
 
 
 def largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:

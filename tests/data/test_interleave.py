@@ -1,10 +1,10 @@
-"""Interleaving: fixed period, even spread, resuming."""
+"""Interleaving and curricula: fixed period, even spread, stages in turn, resuming."""
 
 import itertools
 
 import pytest
 
-from expertrag_jax.data.interleave import interleave, schedule
+from expertrag_jax.data.interleave import Curriculum, interleave, schedule
 from expertrag_jax.errors import UserError
 
 
@@ -39,3 +39,36 @@ def test_wrong_weights_are_refused():
     for wrong in ([], [(counting("a"), 0)], [(counting("a"), 0.5)]):
         with pytest.raises(UserError, match="whole number"):
             interleave(wrong)
+
+
+def test_a_curriculum_gives_each_stage_its_steps():
+    stages = Curriculum([counting("a"), counting("b"), counting("c")], [2, 3, 1])
+    assert list(stages(0)) == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2), ("c", 0)]
+    assert list(stages(6)) == list(stages(60)) == []
+    skipping = Curriculum([counting("a"), counting("b"), counting("c", end=2)], [1, 0, None])
+    assert list(skipping(0)) == [("a", 0), ("c", 0), ("c", 1)]
+
+
+def test_resuming_a_curriculum_at_any_step_gives_the_same_batches():
+    mixed = interleave([(counting("b"), 1), (counting("c"), 2)])
+    curriculum = Curriculum([counting("a"), mixed, counting("d")], [3, 7, None])
+    through = list(itertools.islice(curriculum(0), 20))
+    assert [name for name, _ in through] == [*"aaa", *"cbccbcc", *"dddddddddd"]
+    for start in range(16):
+        assert list(itertools.islice(curriculum(start), 4)) == through[start : start + 4]
+
+
+def test_a_stage_that_ends_early_ends_the_curriculum_wherever_it_is_resumed():
+    curriculum = Curriculum([counting("a", end=3), counting("b")], [5, None])
+    through = list(curriculum(0))
+    assert through == [("a", 0), ("a", 1), ("a", 2)]
+    for start in range(5):
+        assert list(curriculum(start)) == through[start:]
+
+
+@pytest.mark.parametrize("steps", [[], [3], [None, 3], [3, 0.5], [-1, 3], [1, 2, 3]])
+def test_steps_that_do_not_fit_the_stages_are_refused(steps):
+    with pytest.raises(UserError, match="curriculum of 2 stages"):
+        Curriculum([counting("a"), counting("b")], steps)
+    with pytest.raises(UserError, match="curriculum of 0 stages"):
+        Curriculum([], steps)

@@ -3,6 +3,7 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -25,7 +26,7 @@ def initial(settings: TransformerConfig, seed: int = 0):
     params = jax.jit(transformer.Transformer(settings).init)(jax.random.key(seed), tokens, tokens)["params"]
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: np.asarray(x + 0.1 * rng.normal(size=x.shape), np.float32), nn.unbox(params)
+        lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape), jnp.float32), nn.unbox(params)
     )
 
 

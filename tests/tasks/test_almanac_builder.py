@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from tasks.almanac import AlmanacConfig, AlmanacError, World
-from tasks.almanac.examples import SPLITS
+from tasks.almanac import AlmanacConfig, AlmanacError, Lesson, World
+from tasks.almanac.examples import splits
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -19,7 +19,10 @@ TINY = AlmanacConfig(
     gate_facts=20,
     validation_facts=10,
     test_questions=40,
-    num_open_book_examples=30,
+    lessons={
+        "sentence": Lesson(30, passages=1, facts=1, unrelated_share=0.1),
+        "articles": Lesson(20, passages=3, facts=8, unrelated_share=0.1),
+    },
     num_retriever_examples=20,
 )
 
@@ -60,11 +63,14 @@ TEXTS = {"question", "stratum"}
 def test_files_hold_the_examples_in_order(data_dir):
     from tasks.almanac import builder
 
-    world = World(TINY)
-    for split, generate in SPLITS.items():
+    info = builder.prepare(TINY, data_dir, progress=False).info
+    assert {"train_open_book_sentence", "train_open_book_articles"} < set(info.splits)
+    generated = splits(World(TINY))
+    assert set(info.splits) == set(generated)
+    for split, examples in generated.items():
         dataset = tfds.load(builder.tfds_name(TINY), data_dir=str(data_dir), split=split)
         read = [to_plain(example) for example in dataset.as_numpy_iterator()]
-        expected = list(generate(world))
+        expected = list(examples)
         assert len(read) == len(expected) > 0
         for got, want in zip(read, expected):
             assert got.pop("weight") == pytest.approx(want.pop("weight"))

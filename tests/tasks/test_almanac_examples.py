@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 
 import numpy as np
 import pytest
 
-from tasks.almanac import AlmanacConfig, World
+from tasks.almanac import AlmanacConfig, Lesson, World
 from tasks.almanac.config import STRATA
 from tasks.almanac.examples import (
-    SPLITS,
     closed_book_examples,
     corpus_namesakes,
     open_book_examples,
     question_examples,
     retriever_examples,
+    splits,
 )
 from tasks.almanac.names import draw_namesakes
 from tasks.almanac.phrasing import NUM_RELATIONS, RELATIONS, phrasings
 
+LESSONS = {
+    "sentence": Lesson(1000, passages=1, facts=1, unrelated_share=0.1),
+    "strangers": Lesson(1500, passages=3, facts=1, unrelated_share=1.0),
+    "paragraphs": Lesson(1500, passages=2, facts=4, unrelated_share=0.5),
+    "articles": Lesson(5000, passages=4, facts=8, unrelated_share=0.1),
+}
+RELATION_OF = {value: r for r, relation in enumerate(RELATIONS) for value in relation.values}
+
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return World(AlmanacConfig(num_open_book_examples=5000, num_retriever_examples=3000))
+    return World(AlmanacConfig(lessons=LESSONS, num_retriever_examples=3000))
 
 
 @pytest.fixture(scope="module")
 def examples(world) -> dict[str, list[dict]]:
-    return {split: list(generate(world)) for split, generate in SPLITS.items()}
+    return {split: list(rows) for split, rows in splits(world).items()}
 
 
 def template(world, example) -> str:
@@ -113,32 +122,85 @@ def test_asking_once_uses_both_phrasings():
     assert len(phrases) == sum(len(relation.test) for relation in RELATIONS)
 
 
-def test_open_book_is_answered_by_reading_alone(world, examples):
-    rows = examples["train_open_book"]
-    gold_positions, known_agrees, invented, namesakes = [], [], 0, []
+def stated_values(text: str) -> dict[int, str]:
+    """The value that a passage states of each relation it mentions, in the order of mention."""
+    found = [word for word in re.findall(r"\w+", text) if word in RELATION_OF]
+    stated = {RELATION_OF[word]: word for word in found}
+    assert len(stated) == len(found), "a relation is stated twice"
+    return stated
+
+
+def gold_and_others(example) -> tuple[dict, list[dict]]:
+    (gold,) = (p for p in example["passages"] if p["relevance"] == 1)
+    others = [p for p in example["passages"] if p["relevance"] == 0]
+    assert len(others) == len(example["passages"]) - 1
+    return gold, others
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_has_its_passages_and_each_states_its_facts_among_them_the_asked_one(examples, name):
+    lesson, rows = LESSONS[name], examples[f"train_open_book_{name}"]
+    assert len(rows) == lesson.examples
+    mentions, ranks = np.zeros((NUM_RELATIONS, NUM_RELATIONS)), np.zeros(lesson.facts)
     for example in rows:
-        titles = [passage["title"] for passage in example["passages"]]
-        relevance = [passage["relevance"] for passage in example["passages"]]
-        assert len(titles) == 4 and sorted(relevance) == [0, 0, 0, 1]
-        gold = relevance.index(1)
-        assert titles[gold] in example["question"] and titles.count(titles[gold]) == 1
-        (answer,) = example["answers"]
-        relation = RELATIONS[example["relation"]]
-        stated = set(re.findall(r"\w+", example["passages"][gold]["text"])) & set(relation.values)
-        assert stated == {answer}
-        gold_positions.append(gold)
+        assert len(example["passages"]) == lesson.passages
+        for passage in example["passages"]:
+            assert passage["text"].startswith(passage["title"] + " ")
+            stated = list(stated_values(passage["text"]))
+            assert len(stated) == lesson.facts and example["relation"] in stated
+            mentions[example["relation"], stated] += 1
+            ranks[stated.index(example["relation"])] += 1
+    # What is stated besides, and where the asked fact stands, tells nothing.
+    others = mentions[~np.eye(NUM_RELATIONS, dtype=bool)] / ranks.sum() * NUM_RELATIONS
+    np.testing.assert_allclose(others, (lesson.facts - 1) / (NUM_RELATIONS - 1), atol=0.2)
+    np.testing.assert_allclose(ranks / ranks.sum(), 1 / lesson.facts, rtol=0.15)
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_is_answered_by_reading_the_gold_passage_alone(world, examples, name):
+    rows = examples[f"train_open_book_{name}"]
+    known_agrees, others_agree, invented = [], [], 0
+    for example in rows:
+        gold, others = gold_and_others(example)
+        assert gold["title"] in example["question"]
+        assert gold["title"] not in {passage["title"] for passage in others}
+        relation = example["relation"]
+        assert example["answers"] == [stated_values(gold["text"])[relation]]
+        others_agree += [stated_values(p["text"])[relation] in example["answers"] for p in others]
         invented += example["entity"] < 0
-        first, last = titles[gold].split()
-        namesakes += [
-            t.startswith(first + " ") or t.endswith(" " + last) for t in titles if t != titles[gold]
-        ]
         if example["entity"] >= 0:
-            assert world.names[example["entity"]] == titles[gold]
-            known_agrees.append(world.value(example["entity"], example["relation"], 0) == answer)
-    assert np.bincount(gold_positions).min() > 0.2 * len(rows)
-    assert np.mean(known_agrees) < 0.06, "the values are not randomised"
+            assert world.names[example["entity"]] == gold["title"]
+            known_agrees.append([world.value(example["entity"], relation, 0)] == example["answers"])
+    assert np.mean(known_agrees) < 0.07, "the values are not randomised"
+    assert not others_agree or np.mean(others_agree) < 0.07, "the other passages give the answer away"
     assert invented == pytest.approx(0.5 * len(rows), rel=0.1)
-    assert np.mean(namesakes) == pytest.approx(0.9, abs=0.03)
+    places = [[p["relevance"] for p in example["passages"]].index(1) for example in rows]
+    assert np.bincount(places).min() > 0.8 * len(rows) / LESSONS[name].passages
+
+
+@pytest.mark.parametrize("name", [name for name in LESSONS if LESSONS[name].passages > 1])
+def test_strangers_share_no_part_of_the_name_and_namesakes_one(examples, name):
+    shared = []
+    for example in examples[f"train_open_book_{name}"]:
+        gold, others = gold_and_others(example)
+        first, last = gold["title"].split()
+        shared += [sum([a == first, b == last]) for a, b in (p["title"].split() for p in others)]
+    assert set(shared) <= {0, 1}
+    assert np.mean(np.array(shared) == 0) == pytest.approx(LESSONS[name].unrelated_share, abs=0.04)
+    assert set(shared) == {0} or LESSONS[name].unrelated_share < 1
+
+
+def test_a_lesson_does_not_depend_on_the_others(world, examples):
+    def without_id(rows):
+        return [{key: value for key, value in row.items() if key != "id"} for row in rows]
+
+    alone = World(AlmanacConfig(lessons={"strangers": LESSONS["strangers"]}))
+    rows = examples["train_open_book_strangers"]
+    assert without_id(open_book_examples(alone, "strangers")) == without_id(rows)
+    # Nor do the ids depend on the order of the lessons: both orders are one configuration.
+    turned = World(AlmanacConfig(lessons=dict(reversed(LESSONS.items())), num_retriever_examples=3000))
+    assert turned.config.digest == world.config.digest
+    assert list(open_book_examples(turned, "strangers")) == rows
 
 
 def test_retriever_examples(world, examples):
@@ -171,6 +233,7 @@ def test_drawn_namesakes_share_exactly_one_part():
 
 
 def test_generation_is_deterministic(world):
-    for generate in (closed_book_examples, open_book_examples, retriever_examples):
+    lessons = [functools.partial(open_book_examples, lesson=lesson) for lesson in LESSONS]
+    for generate in (closed_book_examples, retriever_examples, *lessons):
         first, second = generate(world), generate(world)
         assert [next(first) for _ in range(50)] == [next(second) for _ in range(50)]

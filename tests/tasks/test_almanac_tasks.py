@@ -9,8 +9,8 @@ from expertrag_jax import evidence
 from expertrag_jax.data.pipeline import Pipeline
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.vocabulary import train_vocabulary
-from tasks.almanac import AlmanacConfig, World
-from tasks.almanac.examples import SPLITS
+from tasks.almanac import AlmanacConfig, Lesson, World
+from tasks.almanac.examples import closed_book_examples, splits
 from tasks.almanac_tasks import register_almanac
 
 CONFIG = AlmanacConfig(
@@ -21,7 +21,10 @@ CONFIG = AlmanacConfig(
     gate_facts=60,
     validation_facts=40,
     test_questions=120,
-    num_open_book_examples=40,
+    lessons={
+        "sentence": Lesson(20, passages=1, facts=1, unrelated_share=0.1),
+        "articles": Lesson(40, passages=4, facts=8, unrelated_share=0.1),
+    },
     num_retriever_examples=40,
 )
 LENGTHS = {"inputs": 40, "targets": 12, "query": 40}
@@ -34,7 +37,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def vocabulary(world, tmp_path_factory):
-    questions = [e["question"] for e in itertools.islice(SPLITS["train_closed_book"](world), 300)]
+    questions = [e["question"] for e in itertools.islice(closed_book_examples(world), 300)]
     path = tmp_path_factory.mktemp("vocabulary") / "reader.model"
     return train_vocabulary([*questions, *world.passages(0).texts], 600, path)
 
@@ -50,7 +53,7 @@ def rows_with_records(task, world, source_split, split="train", lengths=LENGTHS)
         task, lengths, 16, split=split, repeat=False, shuffle=False, process_index=0, process_count=1
     )
     batches = list(pipeline(0))
-    records = list(SPLITS[source_split](world))
+    records = list(splits(world)[source_split])
     assert pipeline.num_examples == len(records)
     for place, record in enumerate(records):
         assert batches[place // 16].example_ids[place % 16] == record["id"]
@@ -72,13 +75,15 @@ def test_questions_and_answers(tasks, world, vocabulary, kind, source, split):
         assert batch.passage_tokens is None
 
 
-def test_open_book(tasks, world, vocabulary):
+@pytest.mark.parametrize("lesson", CONFIG.lessons)
+def test_open_book(tasks, world, vocabulary, lesson):
+    num_passages = CONFIG.lessons[lesson].passages
     lengths = LENGTHS | {"passages": 128}
     for batch, row, record in rows_with_records(
-        tasks["open_book"], world, "train_open_book", lengths=lengths
+        tasks[f"open_book_{lesson}"], world, f"train_open_book_{lesson}", lengths=lengths
     ):
         question = vocabulary.encode(record["question"])
-        assert batch.passage_tokens.shape[1:] == (4, 128)
+        assert batch.passage_tokens.shape[1:] == (num_passages, 128)
         for k, passage in enumerate(record["passages"]):
             title, text = vocabulary.encode(passage["title"]), vocabulary.encode(passage["text"])
             expected = evidence.assemble(question, title, text, 128)

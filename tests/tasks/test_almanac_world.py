@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 
 from expertrag_jax.errors import UserError
-from tasks.almanac import STRATA, AlmanacConfig, AlmanacError, World
+from tasks.almanac import STRATA, AlmanacConfig, AlmanacError, Lesson, World
+from tasks.almanac.articles import ArticleForms
 from tasks.almanac.config import largest_remainder
 from tasks.almanac.phrasing import NUM_RELATIONS, PHRASING_SETS, RELATIONS, own_words
 from tasks.almanac.popularity import question_counts
+
+ALL_VALUES = {value for relation in RELATIONS for value in relation.values}
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +90,9 @@ def test_values_are_uniform(world):
 def test_articles_state_every_value_once(world):
     editions = [world.passages(edition) for edition in range(3)]
     assert editions[0].ids[7] == "e7" and editions[0].titles == world.names
-    values = {value for relation in RELATIONS for value in relation.values}
     for edition, corpus in enumerate(editions):
         for entity, text in enumerate(corpus.texts):
-            stated = words(text) & values
+            stated = words(text) & ALL_VALUES
             assert stated == {world.value(entity, r, edition) for r in range(NUM_RELATIONS)}
             sentences = text.split(". ")
             assert 3 <= len(sentences) <= 6 and len(text.split()) <= 60
@@ -99,6 +102,24 @@ def test_articles_state_every_value_once(world):
         different = words(editions[0].texts[entity]) ^ words(editions[2].texts[entity])
         assert len(different) == 2, "only the volatile value may change"
     assert len({text.split(" ", 2)[2] for text in editions[0].texts}) > 900, "forms are too alike"
+
+
+@pytest.mark.parametrize("facts", [1, 2, 3, NUM_RELATIONS])
+def test_a_form_states_the_relations_it_is_given_in_their_order(facts):
+    rng = np.random.default_rng(facts)
+    order = np.argsort(rng.random((200, NUM_RELATIONS)))[:, :facts].astype(np.int8)
+    values = rng.integers(16, size=(200, NUM_RELATIONS))
+    lengths = set()
+    for relations, row, text in zip(
+        order, values, ArticleForms(rng, 200, order).render(["Tavo Melkin"] * 200, values)
+    ):
+        places = [text.split().index("Tavo")]
+        known = [re.search(rf"\b{RELATIONS[r].values[row[r]]}\b", text) for r in relations]
+        places += [match.start() for match in known]
+        assert places == sorted(places) and len(words(text) & ALL_VALUES) == facts
+        lengths.add(text.count("."))
+    fewest = -(-facts // 2)
+    assert lengths == set(range(fewest, min(facts, fewest + 2) + 1))
 
 
 def test_corpus_tsv(world, tmp_path):
@@ -170,11 +191,12 @@ def test_everything_is_a_function_of_the_configuration(world):
         np.testing.assert_array_equal(again.popularity.split_facts[split], facts)
     other = World(AlmanacConfig(seed=1))
     assert other.names != world.names
-    assert AlmanacConfig().digest != AlmanacConfig(seed=1).digest
+    lesson = {"reading": Lesson(5, 2, 1, 0.1)}
+    assert len({AlmanacConfig(**c).digest for c in ({}, {"seed": 1}, {"lessons": lesson})}) == 3
 
 
 def test_streams_do_not_depend_on_other_sizes(world):
-    fewer = World(dataclasses.replace(AlmanacConfig(), num_training_questions=6000, num_open_book_examples=5))
+    fewer = World(dataclasses.replace(AlmanacConfig(), num_training_questions=6000, lessons={}))
     assert fewer.names == world.names and (fewer.values == world.values).all()
 
 
@@ -191,6 +213,12 @@ def test_streams_do_not_depend_on_other_sizes(world):
         (dict(questions_per_fact=3), "once or twice"),
         (dict(num_first_names=10, num_last_names=10), "too few for 1000 entities"),
         (dict(num_first_names=6000), "exceed"),
+        (dict(lessons={"two words": Lesson(5, 2, 1, 0.1)}), "'two words' cannot name a split"),
+        (dict(lessons={"reading": Lesson(0, 2, 1, 0.1)}), "'reading' has 0 examples"),
+        (dict(lessons={"reading": Lesson(5, 0, 1, 0.1)}), "of 0 passages"),
+        (dict(lessons={"reading": Lesson(5, 2, 0, 0.1)}), "with 0 facts"),
+        (dict(lessons={"reading": Lesson(5, 2, 9, 0.1)}), "at most 8 facts"),
+        (dict(lessons={"reading": Lesson(5, 2, 1, 1.5)}), "unrelated_share of 'reading' is 1.5"),
     ],
 )
 def test_impossible_worlds_are_refused_in_one_sentence(changes, message):
