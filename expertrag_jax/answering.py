@@ -95,13 +95,21 @@ def read_program(system, params, question_tokens, passage_tokens):
 def generate_program(decode_step, params, state, active, *, length: int):
     """The pure function behind ``Programs.generate``: greedy search from the first step on."""
     memory, first, cache = state
-    return decoding.greedy(lambda tokens, cache: decode_step(params, memory, cache, tokens), cache, first, length, active)
+
+    def step(tokens, cache):
+        return decode_step(params, memory, cache, tokens)
+
+    return decoding.greedy(step, cache, first, length, active)
 
 
 def score_program(decode_step, params, state, targets):
     """The pure function behind ``Programs.score``."""
     memory, first, cache = state
-    return decoding.score_targets(lambda tokens, cache: decode_step(params, memory, cache, tokens), cache, first, targets)
+
+    def step(tokens, cache):
+        return decode_step(params, memory, cache, tokens)
+
+    return decoding.score_targets(step, cache, first, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +177,9 @@ class Answerer:
         self.buckets = tuple(sorted(buckets))
         self._fusion = fusion
 
-    def answer(self, questions: Questions, targets: np.ndarray | None = None, progress: Callable[[int], None] | None = None) -> Answers:
+    def answer(
+        self, questions: Questions, targets: np.ndarray | None = None, progress: Callable[[int], None] | None = None
+    ) -> Answers:
         """Answers all questions, or scores ``targets`` [N, T] as their answers.
 
         Args:

@@ -67,8 +67,8 @@ class Schedule:
     """What the generator reads and remembers, in which order.
 
     Attributes:
-      lessons: open book only, one after the other; the last one is never over: to the end, its batches take turns with
-        closed-book ones. closed_book_batch: questions in these. closed_book_share: how many of them to one of the lesson.
+      lessons: open book only, one after the other; the last one is never over: to the end, its batches take turns
+        with closed-book ones. closed_book_batch: questions in these. closed_book_share: how many to one of the lesson.
     """
 
     lessons: Sequence[Lesson]

@@ -44,7 +44,7 @@ def measure_arms(
         index = np.arange(start, min(start + rows, len(questions)))
         batch = both_arms_batch(answerer, questions.rows(index), targets[index], rows)
         found = jax.device_get(run(params, batch))
-        measured.append(jax.tree.map(lambda x: x[: len(index)], found))
+        measured.append(_take(found, np.arange(len(index))))
         if progress is not None:
             progress(len(index))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *measured)
@@ -63,6 +63,10 @@ def both_arms_batch(answerer: Answerer, questions: Questions, targets: np.ndarra
         decoder_target_tokens=targets,
         decoder_loss_weights=(targets > 0).astype(np.float32),
     )
+
+
+def _take(examples: GateExamples, rows: np.ndarray) -> GateExamples:
+    return jax.tree.map(lambda x: x[rows], examples)
 
 
 def with_need(examples: GateExamples, correct_without: np.ndarray, correct_with: np.ndarray) -> GateExamples:
@@ -92,7 +96,7 @@ class GateDataset:
             turn, place = divmod(step, per_pass)
             order = np.random.default_rng([self.seed, turn]).permutation(len(self.examples.gain))
             index = order[place * size : (place + 1) * size]
-            yield jax.tree.map(lambda x: x[index], self.examples)
+            yield _take(self.examples, index)
             step += 1
 
 
