@@ -1,0 +1,58 @@
+"""A tiny ExpertRAG, its parameters and its batches."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from expertrag_jax.batch import Batch
+from expertrag_jax.model.config import TransformerConfig
+from expertrag_jax.systems.expert_rag import ExpertRAG
+
+VOCAB, TARGET = 24, 4
+
+
+def model(**changes) -> TransformerConfig:
+    sizes = dict(vocab_size=VOCAB, embed_dim=8, num_heads=4, head_dim=4, mlp_dim=8, num_encoder_layers=1)
+    experts = dict(num_experts=8, expert_layer_period=1, num_decoder_layers=1, expert_group_size=8)
+    return TransformerConfig(**{**sizes, **experts, **changes})
+
+
+def system(changes=None, **fields) -> ExpertRAG:
+    return ExpertRAG(model(**(changes or {})), **{"max_target_length": TARGET, "gate_hidden": 4, **fields})
+
+
+def initial(system, seed=0):
+    """Parameters moved off their initial values: the gate's are zeros at first."""
+    params = jax.jit(system.init)(jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.asarray(x + 0.1 * rng.normal(size=x.shape), np.float32), params)
+
+
+def batch(size=8, passages=2, seed=0) -> Batch:
+    """Both arms: questions [B, 4], reader inputs [B, K, 8], targets [B, 4] of 2 to 4 tokens, EOS included."""
+    rng = np.random.default_rng(seed)
+    question = rng.integers(2, VOCAB, (size, 4)).astype(np.int32)
+    question[::3, 3:] = 0
+    reader = rng.integers(2, VOCAB, (size, passages, 8)).astype(np.int32)
+    reader[::2, -1, 6:] = 0
+    target = rng.integers(2, VOCAB, (size, TARGET)).astype(np.int32)
+    for row in range(size):
+        end = 1 + row % (TARGET - 1)
+        target[row, end], target[row, end + 1 :] = 1, 0
+    return Batch(
+        encoder_input_tokens=question,
+        passage_tokens=reader,
+        decoder_target_tokens=target,
+        decoder_input_tokens=np.pad(target, ((0, 0), (1, 0)))[:, :-1],
+        decoder_loss_weights=(target > 0).astype(np.float32),
+    )
+
+
+@pytest.fixture
+def tiny():
+    """The helpers above, as one fixture."""
+    return types.SimpleNamespace(
+        model=model, system=system, initial=initial, batch=batch, vocab=VOCAB, target=TARGET
+    )
