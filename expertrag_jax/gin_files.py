@@ -67,7 +67,8 @@ def register(function: Callable[..., Any]) -> str:
     with contextlib.suppress(ValueError):
         gin.get_configurable(function)
         return selector
-    gin.register(function, module=function.__module__)
+    with gin.unlock_config():  # a job before this one in the same process has locked it
+        gin.register(function, module=function.__module__)
     return selector
 
 

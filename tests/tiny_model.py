@@ -50,15 +50,14 @@ def vocabulary(path: Path, seed: int = 0) -> Vocabulary:
     return train_vocabulary(texts, 200, path)
 
 
-def system(vocab_size: int, **changes) -> ExpertRAG:
-    """One layer each, with experts; changes are fields of ``ExpertRAG``."""
+def system(vocab_size: int, output_dim: int = 12) -> ExpertRAG:
+    """One layer each, with experts; ``output_dim`` is the width of query vectors."""
     model = TransformerConfig(
         vocab_size=vocab_size, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=32, num_encoder_layers=1,
         num_decoder_layers=1, num_experts=4, expert_layer_period=1,
     )  # fmt: skip
-    retriever = DualEncoderConfig(vocab_size=vocab_size, embed_dim=16, output_dim=12)
-    fields = {"retriever": retriever, "max_target_length": LENGTHS["targets"], "gate_hidden": 4}
-    return ExpertRAG(model, **(fields | changes))
+    retriever = DualEncoderConfig(vocab_size=vocab_size, embed_dim=16, output_dim=output_dim)
+    return ExpertRAG(model, retriever, max_target_length=LENGTHS["targets"], gate_hidden=4)
 
 
 def parameters(made, seed: int = 0) -> dict:
