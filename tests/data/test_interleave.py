@@ -59,7 +59,7 @@ def test_resuming_a_curriculum_at_any_step_gives_the_same_batches():
 
 
 def test_a_stage_that_ends_early_ends_the_curriculum_wherever_it_is_resumed():
-    curriculum = Curriculum([counting("a", end=3), counting("b")], [5, None])
+    curriculum = Curriculum([counting("a", end=3), counting("b", end=9)], [5, None])
     through = list(curriculum(0))
     assert through == [("a", 0), ("a", 1), ("a", 2)]
     for start in range(5):
