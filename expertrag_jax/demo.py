@@ -69,11 +69,13 @@ class Schedule:
     Attributes:
       lessons: open book only, one after the other; the last one is never over: to the end, its batches take turns
         with closed-book ones. closed_book_batch: questions in these. closed_book_share: how many to one of the lesson.
+      unknowable_batch: questions without an answer, as often as a batch of the lesson.
     """
 
     lessons: Sequence[Lesson]
     closed_book_batch: int
     closed_book_share: int
+    unknowable_batch: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +233,8 @@ def train_generator(run: Demo, tasks: dict[str, Any]) -> None:
 
     lessons = [pipeline(f"open_book_{lesson.name}", lesson.batch_size, lesson.length) for lesson in schedule.lessons]
     closed_book = pipeline("closed_book", schedule.closed_book_batch)
-    turns = Interleave([closed_book, lessons[-1]], [schedule.closed_book_share, 1])
+    unknowable = pipeline("unknowable", schedule.unknowable_batch)
+    turns = Interleave([closed_book, lessons[-1], unknowable], [schedule.closed_book_share, 1, 1])
     data = Curriculum([*lessons[:-1], turns], [*(lesson.steps for lesson in schedule.lessons[:-1]), None])
     run_training(
         run, "train the generator", "generator", run.system, {"generator": data}, [Stage("generator", "generator")],

@@ -127,12 +127,9 @@ def open_retriever(
 
 def check_encoder(loaded: LoadedIndex, encoder: TrainedEncoder) -> None:
     """Refuses an index of another retriever: UserError for another vocabulary, width or query tower."""
-    check_matches(
-        loaded.manifest,
-        retriever_vocabulary_digest=encoder.vocabulary.digest,
-        dimension=encoder.dimension,
-        encoder_digest=encoder.digest,
-    )
+    manifest = loaded.manifest
+    check_matches(manifest, retriever_vocabulary_digest=encoder.vocabulary.digest, dimension=encoder.dimension)
+    check_matches(manifest, encoder_digest=encoder.digest)  # last, for it differs where any of the others does
 
 
 def _dual_encoder_config(system: Any) -> DualEncoderConfig | None:

@@ -79,6 +79,8 @@ def evaluate(
       UserError: bad input; nothing is overwritten.
     """
     start = time.monotonic()
+    if not model_dir:
+        raise UserError("give --model_dir, the folder of the trained model.")
     if rule not in SCORERS:
         raise UserError(f"--rule={rule} is unknown: choose one of {', '.join(SCORERS)}.")
     directory = Path(output_dir or Path(model_dir) / "evaluation")

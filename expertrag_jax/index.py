@@ -85,6 +85,8 @@ def build_index(
       UserError: bad files, a kind that does not fit, or a place that is taken; nothing is overwritten.
     """
     start = time.monotonic()
+    if not index_dir:
+        raise UserError("give --index_dir, the folder of the index.")
     check_writable(index_dir, overwrite)
     kind = choose_kind(kind, retriever)
     index = make_index(kind, **(settings or {}))

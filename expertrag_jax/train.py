@@ -29,8 +29,8 @@ from expertrag_jax.training.state import TrainState
 from expertrag_jax.vocabulary import Vocabulary
 
 FLAGS = {
-    "--model_dir": ("model_dir", "folder of checkpoints, config.gin, vocabulary and logs"),
-    "--initial_checkpoint": ("initial_checkpoint", "checkpoint to start from"),
+    "--model_dir": ("MODEL_DIR", "folder of checkpoints, config.gin, vocabulary and logs"),
+    "--initial_checkpoint": ("INITIAL_CHECKPOINT_PATH", "checkpoint to start from: a path, or a map"),
 }
 MACROS = (
     "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS", "BATCH_SIZE", "TASK_FEATURE_LENGTHS",

@@ -21,13 +21,18 @@ def config(**changes) -> TransformerConfig:
 
 
 def initial(settings: TransformerConfig, seed: int = 0):
-    """Parameters with every kind of leaf moved off its initial value (norm scales are ones at first)."""
+    """Random parameters without compiling anything: kernels by their fan-in, norm scales near 1."""
     tokens = np.ones((1, 4), np.int32)
-    params = jax.jit(transformer.Transformer(settings).init)(jax.random.key(seed), tokens, tokens)["params"]
+    shapes = jax.eval_shape(transformer.Transformer(settings).init, jax.random.key(0), tokens, tokens)["params"]
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape), jnp.float32), nn.unbox(params)
-    )
+
+    def leaf(path, shape):
+        noise = rng.normal(size=shape.shape)
+        name = path[-1].key
+        value = 1 + 0.1 * noise if name == "scale" else noise if name == "embedding" else 0.3 * noise
+        return jnp.asarray(value, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, nn.unbox(shapes))
 
 
 def call(settings: TransformerConfig, params, *args, method):

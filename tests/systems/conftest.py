@@ -50,9 +50,7 @@ def batch(size=8, passages=2, seed=0) -> Batch:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny():
     """The helpers above, as one fixture."""
-    return types.SimpleNamespace(
-        model=model, system=system, initial=initial, batch=batch, vocab=VOCAB, target=TARGET
-    )
+    return types.SimpleNamespace(model=model, system=system, initial=initial, batch=batch, vocab=VOCAB, target=TARGET)

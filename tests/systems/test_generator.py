@@ -48,10 +48,7 @@ def test_router_losses_average_layers_and_groups_that_hold_tokens():
     )
     np.testing.assert_allclose(loss, 0.5 * balance + 2.0 * z, rtol=1e-5)
     total, count = metrics["router/load"]
-    mean = [
-        (figures.load * figures.tokens[:, None]).sum(0) / figures.tokens.sum()
-        for figures in (decoder, encoder)
-    ]
+    mean = [(figures.load * figures.tokens[:, None]).sum(0) / figures.tokens.sum() for figures in (decoder, encoder)]
     np.testing.assert_allclose(total / count, mean, rtol=1e-5)
     # Two scanned layers carry one more leading axis and give the same.
     same = jax.tree.map(lambda a, b: np.stack([a, b]), decoder, decoder)
@@ -101,9 +98,7 @@ def test_micro_batches_equal_one_batch_with_and_without_a_normalizing_factor(fac
     mean = objective(params, batch, None)[0] if factor is None else float(one) * factor
     total, count = metrics["loss"]
     penalty = 0.1 * (params["w"] ** 2).sum()
-    np.testing.assert_allclose(
-        mean, total / count + penalty if factor is None else total + penalty * count, rtol=1e-5
-    )
+    np.testing.assert_allclose(mean, total / count + penalty if factor is None else total + penalty * count, rtol=1e-5)
 
 
 def test_initialiser_touches_every_parameter(tiny):
