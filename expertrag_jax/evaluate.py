@@ -89,13 +89,9 @@ def evaluate(
     model = open_model(model_dir, checkpoint_path, num_passages=num_passages, buckets=buckets)
     service = service_from_model(model, "gate", index_dir)
     if service.answerer.retriever is None:
-        raise UserError(
-            "this system reads no passages, so there is no gate to evaluate: use `expertrag infer`."
-        )
+        raise UserError("this system reads no passages, so there is no gate to evaluate: use `expertrag infer`.")
     arms = answer_both(service, asked, rule)
-    timing, policies = time_policies(
-        service, asked, arms, throughput_questions, latency_questions, rounds, seed
-    )
+    timing, policies = time_policies(service, asked, arms, throughput_questions, latency_questions, rounds, seed)
     tokens = service.tokenise(asked)
     results = comparison.policy_results(service.answerer, tokens, arms, policies, timing)
     retrieval = measure_retrieval(service, asked)
@@ -128,9 +124,7 @@ def check_output_dir(directory: Path, overwrite: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file: name a folder for the report.")
     if (directory / "report.json").exists() and not overwrite:
-        raise UserError(
-            f"{directory} holds a report: nothing was overwritten; use --output_dir or --overwrite."
-        )
+        raise UserError(f"{directory} holds a report: nothing was overwritten; use --output_dir or --overwrite.")
 
 
 def read_questions(path: str | None, task: Any, split: str) -> list[Question]:
@@ -151,9 +145,7 @@ def answer_both(service: Service, asked: Sequence[Question], rule: str) -> compa
 
     def correct(answer_tokens, rows):
         texts = [service.reader_vocabulary.decode(answer) for answer in answer_tokens.tolist()]
-        return np.array(
-            [SCORERS[rule](text, asked[row].answers)["em"] == 1 for text, row in zip(texts, rows)]
-        )
+        return np.array([SCORERS[rule](text, asked[row].answers)["em"] == 1 for text, row in zip(texts, rows)])
 
     with tqdm(total=2 * len(asked), desc="answer", unit="question") as bar:
         return comparison.run_arms(service.answerer, tokens, correct, bar.update)
@@ -169,9 +161,7 @@ def time_policies(service, asked, arms, throughput_questions, latency_questions,
             throughput_questions=throughput_questions, latency_questions=latency_questions,
         )  # fmt: skip
     if timing.differing:
-        _LOG.warning(
-            "%d answers changed when a batch was split: rounding decides near ties", timing.differing
-        )
+        _LOG.warning("%d answers changed when a batch was split: rounding decides near ties", timing.differing)
     return timing, policies
 
 
@@ -207,10 +197,7 @@ def add_scores(report, arms, results, model: Model, asked: Sequence[Question], r
     """Adds every score of the rule but exact match, such as F1, to the report's policies."""
     decode = model.reader_vocabulary.decode
     scored = [
-        [
-            SCORERS[rule](decode(tokens), question.answers)
-            for tokens, question in zip(arm.tokens.tolist(), asked)
-        ]
+        [SCORERS[rule](decode(tokens), question.answers) for tokens, question in zip(arm.tokens.tolist(), asked)]
         for arm in (arms.never, arms.always)
     ]
     for name, result in results.items():

@@ -115,9 +115,7 @@ def choose_kind(kind: str | None, retriever: str | None) -> str:
     """The kind asked for, or the one that fits; UserError where it needs a retriever and there is none."""
     kind = kind or ("bm25" if retriever is None else "hybrid")
     if kind in DENSE_KINDS and retriever is None:
-        raise UserError(
-            f"a {kind} index needs vectors: give --retriever, a dual encoder's MODEL_DIR, or --kind=bm25."
-        )
+        raise UserError(f"a {kind} index needs vectors: give --retriever, a dual encoder's MODEL_DIR, or --kind=bm25.")
     return kind
 
 

@@ -115,9 +115,7 @@ def train(
       UserError: see ``loop.train``.
     """
     directory = open_model_dir(model_dir)
-    reader, retriever = (
-        Vocabulary.from_file(path) for path in (vocabulary, retriever_vocabulary or vocabulary)
-    )
+    reader, retriever = (Vocabulary.from_file(path) for path in (vocabulary, retriever_vocabulary or vocabulary))
     check_embeddings(system, reader, retriever)
     files = {
         "reader vocabulary": (READER_VOCABULARY, reader),

@@ -70,13 +70,16 @@ class Vocabulary:
         return self._processor.encode(list(texts))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text up to the first EOS; padding is skipped."""
+        """The text up to the first EOS; padding is skipped.
+
+        An id beyond the pieces (a model may have more embeddings than the vocabulary has pieces) is UNK.
+        """
         kept = []
         for token in ids:
             if token == EOS_ID:
                 break
             if token != PAD_ID:
-                kept.append(int(token))
+                kept.append(int(token) if token < self.size else UNK_ID)
         return self._processor.decode(kept)
 
     def save(self, path: str | os.PathLike) -> None:

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from expertrag_jax.errors import UserError
-from expertrag_jax.vocabulary import EOS_ID, PAD_ID, UNK_ID, Vocabulary, train_vocabulary
+from expertrag_jax.vocabulary import EOS_ID, PAD_ID, UNK_ID, Vocabulary, embedding_rows, train_vocabulary
 
 SENTENCES = [
     "Tavo Melkin plays the tuba.",
@@ -36,6 +36,18 @@ def test_decode_stops_at_eos_and_skips_padding(vocabulary):
     ids = vocabulary.encode("Tavo Melkin")
     assert vocabulary.decode([PAD_ID, *ids, EOS_ID, *vocabulary.encode("plays")]) == "Tavo Melkin"
     assert vocabulary.decode([EOS_ID]) == ""
+
+
+def test_ids_beyond_the_pieces_are_unknown(vocabulary):
+    ids = vocabulary.encode("the")
+    beyond = [vocabulary.size, *ids, vocabulary.size + 99]
+    assert vocabulary.decode(beyond) == vocabulary.decode([UNK_ID, *ids, UNK_ID])
+
+
+def test_embedding_rows_round_up(vocabulary, tmp_path):
+    vocabulary.save(tmp_path / "v.model")
+    assert embedding_rows(tmp_path / "v.model", multiple=1) == vocabulary.size
+    assert embedding_rows(tmp_path / "v.model") == -(-vocabulary.size // 128) * 128
 
 
 def test_encode_batch_equals_encode(vocabulary):
