@@ -12,7 +12,7 @@ from expertrag_jax.model import transformer
 from expertrag_jax.model.config import TransformerConfig
 
 VOCAB = 20
-SPARSE = {"num_experts": 4, "expert_group_size": 8}
+SPARSE = {"num_experts": 4, "expert_group_size": 8, "eval_expert_capacity_factor": 4.0}  # room for all
 
 
 def config(**changes) -> TransformerConfig:
@@ -53,6 +53,15 @@ def tokens(batch=3, length=7, seed=0, padded=True):
     for row in range(batch if padded else 0):
         rows[row, length - row :] = 0
     return rows
+
+
+@pytest.fixture(autouse=True, scope="package")
+def quick_compilation():
+    """These programs are compiled once and run once on a few numbers: optimizing them is lost time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

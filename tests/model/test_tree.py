@@ -84,13 +84,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_tree(case, tiny):
     changes, expected = CASES[case]
-    boxed = jax.eval_shape(
-        lambda rng: generator.initial_parameters(tiny.config(**changes), rng), jax.random.key(0)
-    )
+    boxed = jax.eval_shape(lambda rng: generator.initial_parameters(tiny.config(**changes), rng), jax.random.key(0))
     shapes = {name: leaf.shape for name, leaf in parameters.flatten(generator.plain(boxed)).items()}
-    axes = jax.tree_util.tree_flatten_with_path(
-        generator.axes_of(boxed), is_leaf=lambda node: isinstance(node, tuple)
-    )[0]
+    axes = jax.tree_util.tree_flatten_with_path(generator.axes_of(boxed), is_leaf=lambda node: isinstance(node, tuple))[
+        0
+    ]
     axes = {"/".join(key.key for key in path): leaf for path, leaf in axes}
     assert shapes == {name: shape for name, (shape, _) in expected.items()}
     assert axes == {name: names for name, (_, names) in expected.items()}
