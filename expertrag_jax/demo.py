@@ -18,7 +18,7 @@ import numpy as np
 
 from expertrag_jax import comparison, gate_training, launch
 from expertrag_jax.assembly import load_params, tokenise_answers
-from expertrag_jax.data.interleave import Curriculum, Interleave
+from expertrag_jax.data.interleave import Curriculum, interleave
 from expertrag_jax.data.pipeline import Pipeline
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.evaluation.answers import exact_match
@@ -69,7 +69,7 @@ class Schedule:
     Attributes:
       lessons: open book only, one after the other; the last one is never over: to the end, its batches take turns
         with closed-book ones. closed_book_batch: questions in these. closed_book_share: how many to one of the lesson.
-      unknowable_batch: questions without an answer, as often as a batch of the lesson.
+      unknowable_batch: questions without an answer, as often as a batch of the lesson; 0: none.
     """
 
     lessons: Sequence[Lesson]
@@ -233,8 +233,10 @@ def train_generator(run: Demo, tasks: dict[str, Any]) -> None:
 
     lessons = [pipeline(f"open_book_{lesson.name}", lesson.batch_size, lesson.length) for lesson in schedule.lessons]
     closed_book = pipeline("closed_book", schedule.closed_book_batch)
-    unknowable = pipeline("unknowable", schedule.unknowable_batch)
-    turns = Interleave([closed_book, lessons[-1], unknowable], [schedule.closed_book_share, 1, 1])
+    taking_turns = [(closed_book, schedule.closed_book_share), (lessons[-1], 1)]
+    if schedule.unknowable_batch:
+        taking_turns.append((pipeline("unknowable", schedule.unknowable_batch), 1))
+    turns = interleave(taking_turns)
     data = Curriculum([*lessons[:-1], turns], [*(lesson.steps for lesson in schedule.lessons[:-1]), None])
     run_training(
         run, "train the generator", "generator", run.system, {"generator": data}, [Stage("generator", "generator")],
