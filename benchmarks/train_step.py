@@ -28,7 +28,8 @@ from expertrag_jax.training import optimizer, phases
 from expertrag_jax.training.state import Layout
 from expertrag_jax.training.step import make_train_step
 
-PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}  # bfloat16, dense
+# dense bfloat16
+PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 
 
 @dataclasses.dataclass(frozen=True)
