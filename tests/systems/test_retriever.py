@@ -1,0 +1,68 @@
+"""The dual encoder's loss against brute force, and its towers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from expertrag_jax.batch import Batch
+from expertrag_jax.model.dual_encoder import DualEncoderConfig
+from expertrag_jax.systems.retriever import DualEncoder, fingerprint
+
+VOCAB = 30
+
+
+def example():
+    """Four questions, two passages each; one duplicate, one absent passage, one row of padding."""
+    rng = np.random.default_rng(0)
+    query = rng.integers(2, VOCAB, (4, 5)).astype(np.int32)
+    passages = rng.integers(2, VOCAB, (4, 2, 6)).astype(np.int32)
+    query[1, 3:] = 0
+    passages[2, 0] = passages[0, 0]  # question 2 asks about question 0's passage
+    passages[1, 1] = 0
+    query[3], passages[3] = 0, 0
+    return Batch(query_tokens=query, passage_tokens=passages)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layers", [0, 1])
+def test_loss_against_brute_force(shared, layers):
+    sizes = dict(embed_dim=8, num_heads=2, head_dim=4, mlp_dim=8, output_dim=6)
+    system = DualEncoder(DualEncoderConfig(vocab_size=VOCAB, num_layers=layers, shared=shared, **sizes))
+    params, batch = jax.jit(system.init)(jax.random.key(0)), example()
+    (loss, metrics), gradients = jax.jit(jax.value_and_grad(system.loss, has_aux=True))(
+        params, batch, jax.random.key(1)
+    )
+    queries = np.asarray(jax.jit(system.encode_queries)(params, batch.query_tokens), np.float64)
+    vectors = np.asarray(jax.jit(system.encode_passages)(params, batch.passage_tokens.reshape(8, 6)), np.float64)
+    np.testing.assert_allclose(np.linalg.norm(queries, axis=-1), [1, 1, 1, 0], atol=1e-4)
+    # Candidates per question, written out: 0 and 4 are the same passage, 3, 6 and 7 are absent.
+    candidates = {0: [0, 1, 2, 5], 1: [2, 0, 1, 4, 5], 2: [4, 1, 2, 5]}
+    losses, right = [], 0
+    for row, columns in candidates.items():
+        scores = vectors[columns] @ queries[row] / 0.05
+        losses.append(np.log(np.exp(scores).sum()) - scores[0])
+        right += scores.argmax() == 0
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-4)
+    assert metrics["loss"][1] == 3
+    assert metrics["in_batch_accuracy"] == (right, 3)
+    assert set(params) == ({"query_encoder"} if shared else {"query_encoder", "passage_encoder"})
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+    ranks = jax.tree.map(len, system.logical_axes(), is_leaf=lambda node: isinstance(node, tuple))
+    assert ranks == jax.tree.map(lambda leaf: leaf.ndim, params)
+
+
+def test_padding_does_not_change_a_vector():
+    system = DualEncoder(DualEncoderConfig(vocab_size=VOCAB, embed_dim=8, num_layers=1, num_heads=2, head_dim=4))
+    params, tokens = system.init(jax.random.key(0)), example().query_tokens[:1]
+    longer = np.pad(tokens, ((0, 0), (0, 7)))
+    run = jax.jit(system.encode_queries)
+    np.testing.assert_allclose(run(params, tokens), run(params, longer), rtol=1e-5, atol=1e-6)
+
+
+def test_fingerprints_differ_for_different_rows():
+    rng = np.random.default_rng(0)
+    rows = np.unique(rng.integers(0, 6, (20000, 7)), axis=0).astype(np.int32)
+    near = np.array([[4, 4, 6, 4, 4], [5, 4, 4, 4, 5], [4, 4, 4, 6, 4], [4, 6, 4, 4, 4]], np.int32)
+    assert len(np.unique(fingerprint(jnp.asarray(near)))) == len(near)
+    assert len(np.unique(fingerprint(jnp.asarray(rows)))) >= len(rows) - 1
