@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from expertrag_jax import comparison, gate_training, launch
 from expertrag_jax.assembly import load_params, tokenise_answers
@@ -150,6 +151,7 @@ def demo(
     """
     directory = Path(model_dir).expanduser().absolute()
     directory.mkdir(parents=True, exist_ok=True)
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of every builder that is not in its catalogue
     # Stages compile the same programs again, and so does a run that goes on.
     jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -57,6 +57,6 @@ class Stages:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Swallows what an inner job prints; its errors are raised as always."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    """Swallows what an inner job prints, its progress bars too; its errors are raised as always."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

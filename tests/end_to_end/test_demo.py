@@ -1,0 +1,92 @@
+"""The demo at a tenth of its size: every stage, the report, the export; what it learns is the full demo's affair."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+TENTH = (
+    "AlmanacConfig.num_entities = 100",
+    "AlmanacConfig.num_asked_facts = 600",
+    "AlmanacConfig.tail_ranks = 150",
+    "AlmanacConfig.num_training_questions = 6000",
+    "AlmanacConfig.num_unknowable_examples = 1000",
+    "AlmanacConfig.num_retriever_examples = 1600",
+    "AlmanacConfig.gate_facts = 120",
+    "AlmanacConfig.validation_facts = 60",
+    "AlmanacConfig.test_questions = 400",
+    # a small world's vocabulary splits more words
+    "demo.task_feature_lengths = {'inputs': 20, 'targets': 8, 'query': 20, 'passages': 112}",
+    "demo.passage_length = 90",
+    "ExpertRAG.max_target_length = 8",
+    "Lesson.length = 48",
+    "paragraphs/Lesson.length = 80",
+    "articles/Lesson.length = 112",
+    "crowds/Lesson.length = 112",
+    "DualEncoder.steps = 100",
+    "ExpertRAG.gate_steps = 80",
+    "Lesson.steps = 10",
+    "sentence/Lesson.steps = 10",
+    "strangers/Lesson.steps = 10",
+    "namesakes/Lesson.steps = 10",
+    "paragraphs/Lesson.steps = 10",
+    "articles/Lesson.steps = 10",
+    "Measuring.throughput_questions = 64",
+    "Measuring.rounds = 2",
+    "Measuring.latency_questions = 5",
+    "Measuring.exported_questions = 20",
+)
+POLICY_KEYS = {
+    "em", "em_interval", "em_by_stratum", "retrieval_rate", "encoder_tokens", "padded_encoder_tokens",
+    "questions_per_second", "p50_ms", "p95_ms",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("almanac")
+    arguments = ["--gin_file=runs/almanac.gin", f"--gin.MODEL_DIR={directory}", "--gin.TRAIN_STEPS=80"]
+    bindings = [f"--gin_bindings={line}" for line in TENTH]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}  # one device, as a user's laptop has
+    command = [sys.executable, "-m", "expertrag_jax.demo", *arguments, *bindings]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return directory
+
+
+def test_the_report_has_everything(run):
+    report = json.loads((run / "report.json").read_text())
+    assert set(report["editions"]) == {"1", "2"}
+    for edition in report["editions"].values():
+        assert set(edition["policies"]) == {"never", "always", "random", "gate", "oracle"}
+        for policy in edition["policies"].values():
+            assert POLICY_KEYS <= set(policy)
+        quality = {"auroc", "auroc_static_relations", "average_precision", "ece", "normalised_area"}
+        assert quality <= set(edition["gate_quality"])
+        assert edition["policies"]["never"]["retrieval_rate"] == 0
+        assert edition["policies"]["always"]["retrieval_rate"] == 1
+        # computing less: the gate's padded tokens lie between those of the two arms
+        padded = {name: edition["policies"][name]["padded_encoder_tokens"] for name in ("never", "gate", "always")}
+        assert padded["never"] <= padded["gate"] <= padded["always"]
+    assert "<html" in (run / "report.html").read_text()[:200].lower()
+
+
+def test_the_retriever_finds_the_articles(run):
+    report = json.loads((run / "report.json").read_text())
+    assert report["editions"]["1"]["retriever_recall"] >= 0.95
+
+
+def test_training_lowers_the_losses(run):
+    losses = json.loads((run / "report.json").read_text())["losses"]
+    assert set(losses) == {"retriever", "generator", "gate"}
+    for points in (losses["retriever"], losses["generator"]):
+        assert points[-1][1] < points[0][1]
+
+
+def test_the_export_answers_the_file(run):
+    questions = [json.loads(line) for line in (run / "questions.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    assert [a["question"] for a in answers] == [q["question"] for q in questions]
+    assert len(answers) == 20 and all("prediction" in a and "p_ret" in a for a in answers)
