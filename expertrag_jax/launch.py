@@ -163,5 +163,9 @@ def log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     # gin reports each folder that lacks an included file as an error, though the next folder may hold it.
     handler.addFilter(lambda record: record.module != "resource_reader")
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    root = logging.getLogger()
+    for other in [each for each in root.handlers if type(each) is logging.StreamHandler]:
+        root.removeHandler(other)  # importing Orbax leaves one there, so that basicConfig would do nothing
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
     logging.getLogger("expertrag_jax").setLevel(logging.INFO)
