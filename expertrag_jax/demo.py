@@ -48,6 +48,7 @@ MACROS = ("MODEL_DIR", "RANDOM_SEED", "NUM_PASSAGES", "NUM_EXPERTS", "RETRIEVAL_
 EXAMPLE = "expertrag demo --gin_file=runs/almanac.gin --gin.MODEL_DIR=runs/almanac"
 EDITIONS = ("1", "2")
 NUM_STAGES = 12
+BUCKETS = (1, 8, 16, 32, 64)  # close enough together that what is left at a stream's end wastes little padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,14 +282,14 @@ def train_gate(run: Demo, world: AlmanacConfig) -> Service:
         run, "train the gate", "model", run.system, {"gate": dataset}, [Stage("gate", "gate")], initial=str(prepared)
     )
     with run.stages.stage("calibrate the gate") as advance:
-        service = service_from_model(open_model(run.directory / "model"), "gate", run.index_dir("1"))
+        service = service_from_model(open_model(run.directory / "model", buckets=BUCKETS), "gate", run.index_dir("1"))
         records = read_split(world, run.directory / "world", "validation")
         questions = service.tokenise([record["question"] for record in records])
         arms = comparison.run_arms(service.answerer, questions, correctness(records, vocabulary))
         found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with)
         found.write(run.directory / "model")
         advance(note=f"threshold {found.threshold:.3f}, validation rate {found.retrieval_rate:.2f}")
-    return service_from_model(open_model(run.directory / "model"), "gate", run.index_dir("1"))
+    return service_from_model(open_model(run.directory / "model", buckets=BUCKETS), "gate", run.index_dir("1"))
 
 
 def correctness(records: Sequence[dict], vocabulary: Vocabulary) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
