@@ -1,0 +1,139 @@
+"""From passages and questions in files to answers, by the commands and gin files of docs/wikipedia.md, in small."""
+
+import json
+
+import numpy as np
+import pytest
+
+from expertrag_jax import encoders
+from expertrag_jax.main import main
+from expertrag_jax.retrieval.corpus import write_passages_tsv
+from expertrag_jax.retrieval.index import open_index
+from expertrag_jax.training.pretrained import read_metadata
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+RETRIEVER = "--gin_file=examples/wikipedia_retriever.gin"
+READER = "--gin_file=examples/wikipedia_qa.gin"
+SMALL = (
+    "--gin.BATCH_SIZE=8",
+    "--gin.dual_encoder.DualEncoderConfig.embed_dim=16",
+    "--gin.dual_encoder.DualEncoderConfig.output_dim=12",
+)
+SMALL_RETRIEVER = (*SMALL, "--gin.CLOZE_STEPS=60", "--gin.TRAIN_STEPS=60")
+SMALL_READER = (
+    *SMALL,
+    "--gin.TRAIN_STEPS=24",
+    "--gin.GATE_STEPS=4",
+    "--gin.NUM_PASSAGES=2",
+    "--gin.MAX_TARGET_LENGTH=8",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8, 'query': 64, 'passages': 48}",
+    "--gin.config.TransformerConfig.embed_dim=16",
+    "--gin.config.TransformerConfig.mlp_dim=32",
+    "--gin.config.TransformerConfig.num_heads=2",
+    "--gin.config.TransformerConfig.head_dim=8",
+    "--gin.config.TransformerConfig.expert_group_size=8",  # eight devices share every batch
+)
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def write_questions(path, tiny_model, names):
+    """Two questions on each of the places ``names`` in the corpus, with their gold passages."""
+    records = []
+    for place in names:
+        name, gold = tiny_model.NAMES[place], [f"e{place}"]
+        asked = {
+            f"Where does {name} live?": tiny_model.TOWNS[place % 5],
+            f"What is {name}'s trade?": tiny_model.TRADES[place % 4],
+        }
+        records += [{"question": q, "answers": [a], "gold_passage_ids": gold} for q, a in asked.items()]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory, tiny_model):
+    """The folder after every command of the path has run in it."""
+    folder = tmp_path_factory.mktemp("walk")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_passages_tsv(tiny_model.passages(), "passages.tsv.gz")
+        for name, places in (("train", range(9)), ("gate", range(9, 13)), ("test", range(13, 15))):
+            write_questions(folder / f"{name}.jsonl", tiny_model, places)
+        corpus, train, gate = "--gin.CORPUS=passages.tsv.gz", "train.jsonl", "gate.jsonl"
+        assert run("index", RETRIEVER, corpus, "--vocabulary_size=400") == 0
+        assert run("train", RETRIEVER, corpus, f"--gin.QUESTIONS={train}", *SMALL_RETRIEVER) == 0
+        assert run("index", READER, corpus, f"--gin.TUNE_QUESTIONS={gate}") == 0
+        questions = (f"--gin.QUESTIONS={train}", f"--gin.GATE_QUESTIONS={gate}")
+        assert run("train", READER, *questions, *SMALL_READER) == 0
+        model = "--model_dir=runs/wikipedia/reader"
+        assert run("calibrate", model, f"--questions={gate}") == 0
+        assert run("evaluate", model, "--questions=test.jsonl", "--gin.evaluate.evaluate.buckets=(4,)") == 0
+        asked = ("--questions=test.jsonl", "--retrieve=always")
+        assert run("infer", model, *asked, "--output=model.jsonl", "--buckets=4") == 0
+        export = "runs/wikipedia/export"
+        assert run("export", model, f"--export_dir={export}", "--buckets=4", "--platforms=cpu") == 0
+        assert run("infer", f"--export_dir={export}", *asked, "--output=export.jsonl") == 0
+        yield folder
+
+
+def records(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_dual_encoder_learns_in_both_stages(walked):
+    log = records(walked / "runs/wikipedia/retriever/logs/metrics.jsonl")
+    assert [record["phase"] for record in log] == ["inverse_cloze"] * 2 + ["questions"] * 2
+    cloze, questions = ([r["loss"] for r in log if r["phase"] == name] for name in ("inverse_cloze", "questions"))
+    assert cloze[-1] < cloze[0] and questions[-1] < questions[0]
+
+
+def test_the_hybrid_index_belongs_to_the_retriever(walked):
+    loaded = open_index(walked / "runs/wikipedia/index")
+    encoder = encoders.load_encoder(walked / "runs/wikipedia/retriever")
+    assert (loaded.manifest.kind, loaded.manifest.dimension) == ("hybrid", 12)
+    assert loaded.manifest.encoder_digest == encoder.digest
+    assert loaded.manifest.vocabulary_digests == {"reader": encoder.vocabulary.digest} | {
+        "retriever": encoder.vocabulary.digest
+    }
+    retriever = encoders.open_retriever(loaded.directory, walked / "runs/wikipedia/retriever")
+    found = retriever.retrieve(["Where does Bela Korv live?"], encoder.tokenise(["Where does Bela Korv live?"]), 2)
+    assert loaded.passages.titles[found.rows[0, 0]] == "Bela Korv"
+
+
+def test_the_reader_holds_the_retrievers_query_encoder_and_its_loss_falls(walked):
+    reader = encoders.load_encoder(walked / "runs/wikipedia/reader")
+    trained = encoders.load_encoder(walked / "runs/wikipedia/retriever")
+    assert reader.digest == trained.digest
+    tokens = trained.tokenise(["Where does Bela Korv live?"])
+    np.testing.assert_array_equal(reader.encode_queries(tokens), trained.encode_queries(tokens))
+    log = records(walked / "runs/wikipedia/reader/logs/metrics.jsonl")
+    assert {record["phase"] for record in log} == {"generator", "gate"}
+    facts = read_metadata(walked / "runs/wikipedia/reader")
+    assert facts["num_passages"] == 2 and facts["index_dir"].endswith("runs/wikipedia/index")
+
+
+def test_the_configuration_is_kept(walked):
+    text = (walked / "runs/wikipedia/reader/config.gin").read_text()
+    assert "generator_steps = %TRAIN_STEPS" in text and "TRAIN_STEPS = 24" in text
+    assert run("train", f"--gin_file={walked / 'runs/wikipedia/reader/config.gin'}", "--dry_run") == 0
+
+
+def test_the_report_has_all_policies_and_the_retrieval(walked):
+    report = json.loads((walked / "runs/wikipedia/reader/evaluation/report.json").read_text())
+    policies = report["editions"]["test"]["policies"]
+    assert set(policies) == {"never", "always", "random", "gate", "oracle"}
+    assert all(0 <= policy["em"] <= policy["f1"] <= 1 for policy in policies.values())
+    assert (policies["never"]["retrieval_rate"], policies["always"]["retrieval_rate"]) == (0, 1)
+    assert policies["always"]["encoder_tokens"] > policies["never"]["encoder_tokens"]
+    assert set(report["retrieval"]["recall"]) == {"1", "2", "5"}
+    assert report["retrieval"]["recall"]["5"] >= report["retrieval"]["recall"]["1"]
+    assert len(records(walked / "runs/wikipedia/reader/evaluation/predictions.jsonl")) == 4
+
+
+def test_model_and_export_answer_alike(walked):
+    one, two = records(walked / "model.jsonl"), records(walked / "export.jsonl")
+    assert [record["prediction"] for record in one] == [record["prediction"] for record in two]
+    assert all(len(record["passages"]) == 2 for record in one)
