@@ -6,14 +6,12 @@ generator or the gate was trained on.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from expertrag_jax import gate_training, launch
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluate import answer_both, read_questions
 from expertrag_jax.evaluation.answers import SCORERS
-from expertrag_jax.gate.network import with_calibration
 from expertrag_jax.service import service_from_model
 from expertrag_jax.trained_model import GATE_FILE, open_model
 
@@ -52,9 +50,7 @@ def calibrate(
     model = open_model(model_dir, checkpoint_path)
     if "gate" not in model.params:
         raise UserError(f"{model_dir} holds a {type(model.system).__name__}: it has no gate to calibrate.")
-    gate = with_calibration(model.params["gate"], 1.0, 0.0)  # as trained, whatever gate.json says
-    model = dataclasses.replace(model, params=dict(model.params) | {"gate": gate})
-    service = service_from_model(model, "gate", index_dir)
+    service = service_from_model(gate_training.uncalibrated(model), "gate", index_dir)
     arms = answer_both(service, asked, rule)
     found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, tolerance)
     path = found.write(model_dir)

@@ -282,7 +282,8 @@ def train_gate(run: Demo, world: AlmanacConfig) -> Service:
         run, "train the gate", "model", run.system, {"gate": dataset}, [Stage("gate", "gate")], initial=str(prepared)
     )
     with run.stages.stage("calibrate the gate") as advance:
-        service = service_from_model(open_model(run.directory / "model", buckets=BUCKETS), "gate", run.index_dir("1"))
+        model = gate_training.uncalibrated(open_model(run.directory / "model", buckets=BUCKETS))
+        service = service_from_model(model, "gate", run.index_dir("1"))
         records = read_split(world, run.directory / "world", "validation")
         questions = service.tokenise([record["question"] for record in records])
         arms = comparison.run_arms(service.answerer, questions, correctness(records, vocabulary))

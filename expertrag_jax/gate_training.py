@@ -19,7 +19,7 @@ from expertrag_jax.answering import Answerer, Questions, pad_rows
 from expertrag_jax.batch import Batch
 from expertrag_jax.gate import calibration, network
 from expertrag_jax.systems.expert_rag import GateExamples
-from expertrag_jax.trained_model import GATE_FILE
+from expertrag_jax.trained_model import GATE_FILE, Model
 
 
 def measure_arms(
@@ -130,6 +130,12 @@ class Calibration:
         path = Path(model_dir) / GATE_FILE
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
         return path
+
+
+def uncalibrated(model: Model) -> Model:
+    """The model with the gate as it was trained: what a calibration starts from, the first one and a repeated one."""
+    gate = network.with_calibration(model.params["gate"], 1.0, 0.0)
+    return dataclasses.replace(model, params=dict(model.params) | {"gate": gate})
 
 
 def calibrate(
