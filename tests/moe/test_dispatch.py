@@ -18,9 +18,7 @@ def inputs(activations, seed=0):
         return jnp.asarray(rng.normal(size=shape, scale=0.7), jnp.float32)
 
     names = ["wi"] if len(activations) == 1 else ["wi_0", "wi_1"]
-    kernels = {name: normal(EXPERTS, WIDTH, HIDDEN) for name in names} | {
-        "wo": normal(EXPERTS, HIDDEN, WIDTH)
-    }
+    kernels = {name: normal(EXPERTS, WIDTH, HIDDEN) for name in names} | {"wo": normal(EXPERTS, HIDDEN, WIDTH)}
     valid = jnp.asarray(rng.random((GROUPS, SIZE)) < 0.8)
     return normal(GROUPS, SIZE, WIDTH), kernels, normal(WIDTH, EXPERTS), valid, normal(GROUPS, SIZE, WIDTH)
 
@@ -28,9 +26,7 @@ def inputs(activations, seed=0):
 def bucketed(x, kernels, router, valid, k, capacity, activations):
     choice = routing.route(x @ router, valid, k)
     buckets = routing.fill_buckets(choice, EXPERTS, capacity)
-    buffers = (
-        dispatch.gather_tokens(x, buckets).reshape(GROUPS, EXPERTS, capacity, WIDTH).transpose(1, 0, 2, 3)
-    )
+    buffers = dispatch.gather_tokens(x, buckets).reshape(GROUPS, EXPERTS, capacity, WIDTH).transpose(1, 0, 2, 3)
     outputs = expert_feed_forward(kernels, buffers.reshape(EXPERTS, -1, WIDTH), activations)
     outputs = outputs.reshape(EXPERTS, GROUPS, capacity, WIDTH).transpose(1, 0, 2, 3)
     return dispatch.combine(outputs.reshape(GROUPS, EXPERTS * capacity, WIDTH), choice.weight, buckets)
@@ -66,9 +62,7 @@ def test_buckets_equal_the_dense_oracle(activations, k, capacity):
     (_, expected), expected_gradients = objective(oracle)(x, kernels, router)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     assert float(jnp.abs(gradients[2]).max()) > 1e-3
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, expected_gradients
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients, expected_gradients)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -90,9 +84,7 @@ def test_no_float_is_scattered_forward_or_backward(k):
 def equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
-        for value in jax.tree.leaves(
-            equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-        ):
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
             if hasattr(value, "jaxpr"):
                 value = value.jaxpr
             if hasattr(value, "eqns"):

@@ -1,5 +1,7 @@
 """The sparse layer: nothing dropped in evaluation, and the mesh's collectives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,18 +25,22 @@ def tokens(batch=4, length=8, seed=0):
 
 
 def parameters(layer=LAYER, overloaded=False):
-    params = nn.unbox(layer.init(jax.random.key(0), *tokens(), True)["params"])
+    shapes = nn.unbox(jax.eval_shape(lambda: layer.init(jax.random.key(0), *tokens(), True))["params"])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32), shapes)
     if overloaded:  # every token wants expert 3
         kernel = jnp.zeros((WIDTH, EXPERTS)).at[0, 3].set(1e-3)
         params["router"]["router_weights"]["w"]["kernel"] = kernel
     return params
 
 
+@functools.partial(jax.jit, static_argnames=("deterministic", "layer"))
 def apply(params, x, valid, deterministic=True, layer=LAYER):
     y, state = layer.apply({"params": params}, x, valid, deterministic, mutable=["router"])
     return y, state["router"]["statistics"][0]
 
 
+@jax.jit
 def oracle(params, x, valid):
     router = params["router"]["router_weights"]["w"]["kernel"]
     choice = routing.route(x @ router, valid, 1)
@@ -51,7 +57,7 @@ def oracle(params, x, valid):
 def test_evaluation_drops_nothing(overloaded):
     params, (x, valid) = parameters(overloaded=overloaded), tokens()
     x = x.at[..., 0].set(jnp.abs(x[..., 0]))
-    y, figures = jax.jit(apply)(params, x, valid)
+    y, figures = apply(params, x, valid)
     np.testing.assert_allclose(y, oracle(params, x, valid), rtol=1e-5, atol=1e-6)
     assert not figures.dropped.any()
     if overloaded:  # the fast path alone would have dropped, as training does
@@ -95,9 +101,7 @@ def test_two_exchanges_per_layer_and_the_values_of_one_device(axes):
         compiled = compiled.compile()
         y, sharded_figures = compiled(params, jax.device_put(x, rows), jax.device_put(valid, rows))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), figures, sharded_figures
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), figures, sharded_figures)
     program = compiled.as_text()
     assert program.count(" all-to-all(") == (2 if axes.get("expert") else 0)
     assert program.count(" all-reduce(") == (1 if axes.get("tensor") else 0)
@@ -108,8 +112,8 @@ def test_exact_path_on_a_mesh():
     x = x.at[..., 0].set(jnp.abs(x[..., 0]))
     expected = oracle(params, x, valid)
     with jax.set_mesh(partitioning.make_mesh(partitioning.MeshConfig(data=2, expert=4))):
-        y, figures = jax.jit(apply)(params, x, valid)
-        odd, _ = jax.jit(apply)(params, x[:3], valid[:3])  # 3 rows over 8 shards: not sharded by hand
+        y, figures = apply(params, x, valid)
+        odd, _ = apply(params, x[:3], valid[:3])  # 3 rows over 8 shards: not sharded by hand
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(odd, expected[:3], rtol=1e-5, atol=1e-6)
     assert not figures.dropped.any()

@@ -132,9 +132,7 @@ def test_group_size_is_the_largest_fitting_divisor():
 
 
 def test_group_size_names_the_nearest_sizes_when_groups_do_not_divide():
-    with pytest.raises(
-        UserError, match=r"96 tokens .* groups of 96 .* 1 groups.* 8 batch shards; .*\[4, 6, 12\]"
-    ):
+    with pytest.raises(UserError, match=r"96 tokens .* groups of 96 .* 1 groups.* 8 batch shards; .*\[4, 6, 12\]"):
         routing.group_size_for(96, 4096, batch_shards=8)
     with pytest.raises(UserError, match="change the batch size"):
         routing.group_size_for(15, 4096, batch_shards=8)

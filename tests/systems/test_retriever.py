@@ -54,7 +54,7 @@ def test_loss_against_brute_force(shared, layers):
 
 def test_padding_does_not_change_a_vector():
     system = DualEncoder(DualEncoderConfig(vocab_size=VOCAB, embed_dim=8, num_layers=1, num_heads=2, head_dim=4))
-    params, tokens = system.init(jax.random.key(0)), example().query_tokens[:1]
+    params, tokens = jax.jit(system.init)(jax.random.key(0)), example().query_tokens[:1]
     longer = np.pad(tokens, ((0, 0), (0, 7)))
     run = jax.jit(system.encode_queries)
     np.testing.assert_allclose(run(params, tokens), run(params, longer), rtol=1e-5, atol=1e-6)
