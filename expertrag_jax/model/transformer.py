@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from expertrag_jax.model import attention
 from expertrag_jax.model import layers as parts
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.stack import layered, make_layers, pair_layers, run_layers
@@ -60,7 +61,7 @@ class EncoderLayer(nn.Module):
     def __call__(self, x: Array, bias: Array, valid: Array, deterministic: bool) -> Array:
         dropout = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
         y = parts.RMSNorm(name="pre_attention_layer_norm")(x)
-        y = parts.Attention(self.config, name="attention")(y, bias, deterministic)
+        y = attention.Attention(self.config, name="attention")(y, bias, deterministic)
         x = x + dropout(y, deterministic=deterministic)
         y = parts.RMSNorm(name="pre_mlp_layer_norm")(x)
         y = parts.feed_forward(self.config, self.layer)(y, valid, deterministic)
@@ -76,9 +77,9 @@ class DecoderLayer(nn.Module):
     def setup(self):
         config = self.config
         self.pre_self_attention_layer_norm = parts.RMSNorm()
-        self.self_attention = parts.Attention(config)
+        self.self_attention = attention.Attention(config)
         self.pre_cross_attention_layer_norm = parts.RMSNorm()
-        self.encoder_decoder_attention = parts.Attention(config)
+        self.encoder_decoder_attention = attention.Attention(config)
         self.pre_mlp_layer_norm = parts.RMSNorm()
         self.mlp = parts.feed_forward(config, self.layer, name=None)
         self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
@@ -120,16 +121,15 @@ class Encoder(nn.Module):
 
     def setup(self):
         config = self.config
-        self.relpos_bias = parts.RelativePositionBias(config, bidirectional=True)
+        self.relpos_bias = attention.RelativePositionBias(config, bidirectional=True)
         self.encoder_norm = parts.RMSNorm()
         self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
         self.layers = make_layers(EncoderLayer, config, config.num_encoder_layers)
 
     def __call__(self, x: Array, segments: Array, deterministic: bool) -> Array:
         """x [B, L, D], segments [B, L] int32 (0 is padding) -> [B, L, D]."""
-        positions = jnp.arange(x.shape[1])
         same = (segments[:, None, :] == segments[:, :, None]) & (segments > 0)[:, None, :]
-        bias = self.relpos_bias(positions, positions) + parts.attention_mask(same)[:, None]
+        bias = self.relpos_bias(0, x.shape[1], x.shape[1]) + attention.attention_mask(same)[:, None]
         x = self.dropout(x, deterministic=deterministic)
         x, _ = run_layers(
             self.layers,
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         config = self.config
-        self.relpos_bias = parts.RelativePositionBias(config, bidirectional=False)
+        self.relpos_bias = attention.RelativePositionBias(config, bidirectional=False)
         self.decoder_norm = parts.RMSNorm()
         self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
         self.layers = make_layers(DecoderLayer, config, config.num_decoder_layers)
@@ -168,12 +168,12 @@ class Decoder(nn.Module):
         positions = jnp.arange(y.shape[1])
         causal = positions[:, None] >= positions[None, :]
         same = causal[None] & (segments[:, None, :] == segments[:, :, None])
-        self_bias = self.relpos_bias(positions, positions) + parts.attention_mask(same)[:, None]
+        self_bias = self.relpos_bias(0, y.shape[1], y.shape[1]) + attention.attention_mask(same)[:, None]
         if memory.mask.dtype == jnp.bool_:
             cross = jnp.broadcast_to(memory.mask[:, None, :], (y.shape[0], 1, memory.mask.shape[1]))
         else:
             cross = (memory.mask[:, None, :] == segments[:, :, None]) & (memory.mask > 0)[:, None, :]
-        cross_bias = parts.attention_mask(cross)[:, None]
+        cross_bias = attention.attention_mask(cross)[:, None]
         y = self.dropout(y, deterministic=deterministic)
         y, _ = self._run(
             lambda layer, y, kv: (layer(y, *kv, self_bias, cross_bias, segments > 0, deterministic), None),
@@ -186,9 +186,9 @@ class Decoder(nn.Module):
         """y [B, 1, D], valid [B] bool -> state [B, 1, D] and the cache with one more position."""
         length = jax.tree.leaves(cache.layers)[0].shape[-3]
         positions = jnp.arange(length)
-        self_bias = self.relpos_bias(cache.position[None], positions)
-        self_bias = self_bias + parts.attention_mask(positions <= cache.position)[None, None, None]
-        cross_bias = parts.attention_mask(memory.mask > 0)[:, None, None]
+        self_bias = self.relpos_bias(cache.position, 1, length)
+        self_bias = self_bias + attention.attention_mask(positions <= cache.position)[None, None, None]
+        cross_bias = attention.attention_mask(memory.mask > 0)[:, None, None]
 
         def body(layer, y, inputs):
             memory_pair, cached_pair = inputs

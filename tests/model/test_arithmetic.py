@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from expertrag_jax.model.layers import relative_bucket
+from expertrag_jax.model.attention import relative_bucket
 
 # T5's published buckets (32 of them, distance 128): first distance of every bucket from 8 or 16 on.
 BIDIRECTIONAL_STARTS = [*range(8), 8, 12, 16, 23, 32, 46, 64, 91]
