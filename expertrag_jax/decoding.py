@@ -40,7 +40,7 @@ def generate(
     rows = first_log_probs.shape[0]
 
     def emit(position, log_probs, tokens, score, live):
-        token = jnp.where(live, choose(log_probs, position), PAD).astype(jnp.int32)
+        token = jnp.where(live, choose(without_padding(log_probs), position), PAD).astype(jnp.int32)
         gained = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
         score = score + jnp.where(live, gained, 0.0)
         return token, tokens.at[:, position].set(token), score, live & (token != EOS)
@@ -56,6 +56,11 @@ def generate(
     carry = (jnp.asarray(1), token, tokens, score, live, cache)
     carry = jax.lax.while_loop(lambda c: (c[0] < length) & c[4].any(), body, carry)
     return carry[2], carry[3]
+
+
+def without_padding(log_probs: jax.Array) -> jax.Array:
+    """[..., V] with PAD ruled out: in the middle of an answer it would read as its end, and score as nothing."""
+    return log_probs.at[..., PAD].set(NEGATIVE)
 
 
 def greedy(step: Step, cache: Any, first_log_probs: jax.Array, length: int, active: jax.Array):
@@ -136,7 +141,7 @@ def beam(
 
     def extend(position, log_probs, tokens, score, finished):
         """log_probs [B, W, V] -> the 2W best continuations, split into finished and live ones."""
-        total = (score[..., None] + log_probs).reshape(rows, -1)
+        total = (score[..., None] + without_padding(log_probs)).reshape(rows, -1)
         best, index = jax.lax.top_k(total, min(2 * beams, total.shape[1]))
         parent, token = index // vocab, (index % vocab).astype(jnp.int32)
         grown = jnp.take_along_axis(tokens, parent[..., None], 1).at[:, :, position].set(token)

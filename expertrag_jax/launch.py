@@ -80,7 +80,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _execute(job_name: str, argv: Sequence[str], prog: str) -> int:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # a job may load TensorFlow, whose C++ log is no news
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # a job may load TensorFlow, whose C++ log is no news
     job, function = load(job_name)
     parser = job_flags.make_parser(prog, job, function)
     try:

@@ -13,12 +13,16 @@ VOCAB, LENGTH, ROWS = 4, 4, 3
 
 
 class Toy:
-    """log p(next | whole prefix): the cache is the prefix read as a number in base V + 1, and the row."""
+    """log p(next | whole prefix): the cache is the prefix read as a number in base V + 1, and the row.
 
-    def __init__(self, seed=0, sharpness=1.5):
+    PAD is as likely as any token by default, and must not be given all the same.
+    """
+
+    def __init__(self, seed=0, sharpness=1.5, padding=0.0):
         rng = np.random.default_rng(seed)
         size = (VOCAB + 1) ** LENGTH
         logits = jnp.asarray(rng.normal(size=(ROWS, size, VOCAB)) * sharpness, jnp.float32)
+        logits = logits.at[..., decoding.PAD].add(padding)
         self.table = jax.nn.log_softmax(logits)
         self.first = self.table[:, 0]
 
@@ -41,7 +45,7 @@ class Toy:
         """{tokens: (log-probability, finished)} of everything that decoding may give."""
         found = {}
         for n in range(1, LENGTH + 1):
-            for tokens in itertools.product(range(VOCAB), repeat=n):
+            for tokens in itertools.product(range(1, VOCAB), repeat=n):
                 if decoding.EOS in tokens[:-1] or (n < LENGTH and tokens[-1] != decoding.EOS):
                     continue
                 found[tokens] = (self.log_probability(row, tokens), tokens[-1] == decoding.EOS)
@@ -67,7 +71,7 @@ def test_greedy_takes_the_likeliest_token_at_every_position(seed):
     for row in (0, 2):
         expected, prefix = [], 0
         while len(expected) < LENGTH and decoding.EOS not in expected:
-            expected.append(int(toy.table[row, prefix].argmax()))
+            expected.append(1 + int(toy.table[row, prefix, 1:].argmax()))
             prefix = prefix * (VOCAB + 1) + expected[-1] + 1
         assert tokens[row].tolist() == padded(expected)
         np.testing.assert_allclose(score[row], toy.log_probability(row, expected), rtol=1e-5)
@@ -100,7 +104,7 @@ def test_a_narrow_beam_equals_beam_search_in_python(beams):
     for row in range(ROWS):
         live, done = [((), 0.0)], []
         for _ in range(LENGTH):
-            grown = [(t + (v,), toy.log_probability(row, t + (v,))) for t, _ in live for v in range(VOCAB)]
+            grown = [(t + (v,), toy.log_probability(row, t + (v,))) for t, _ in live for v in range(1, VOCAB)]
             best = sorted(grown, key=lambda x: -x[1])[: 2 * beams]
             done = sorted(done + [x for x in best if x[0][-1] == decoding.EOS], key=lambda x: -x[1])[:beams]
             live = [x for x in best if x[0][-1] != decoding.EOS][:beams]
@@ -110,7 +114,7 @@ def test_a_narrow_beam_equals_beam_search_in_python(beams):
 
 
 def test_sampling_follows_the_probabilities():
-    toy, draws = Toy(1, sharpness=0.7), 4000
+    toy, draws = Toy(1, sharpness=0.7, padding=-30.0), 4000
     keys = jax.random.split(jax.random.key(0), draws)
     run = jax.jit(jax.vmap(lambda k: decoding.sample(toy.step, toy.cache(), toy.first, LENGTH, EVERY, k)))
     tokens, score = run(keys)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from expertrag_jax import native_output
 from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.mesh_index import ExactIndex
@@ -126,7 +127,8 @@ class ScannIndex:
         builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(
             self.settings["reorder"]
         )
-        self._searcher = builder.set_n_training_threads(self.threads).build()
+        with native_output.held_back():  # ScaNN tells the terminal of every step of its clustering
+            self._searcher = builder.set_n_training_threads(self.threads).build()
         return self
 
     def search(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -197,5 +199,6 @@ class ScannIndex:
         pybind = _pybind()
         if pybind is None:
             return self._serve_exactly(vectors, "scann cannot be imported on this machine")
-        self._searcher = pybind.load_searcher(str(directory / _SEARCHER))
+        with native_output.held_back():
+            self._searcher = pybind.load_searcher(str(directory / _SEARCHER))
         return self
