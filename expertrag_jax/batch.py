@@ -38,7 +38,7 @@ class Batch:
       passage_relevance: [B, K] float32, 1 relevant, 0 not, NaN unknown.
       decoder_input_tokens: [B, T] int32, the target shifted right.
       decoder_target_tokens: [B, T] int32.
-      decoder_loss_weights: [B, T] float32, 1 on tokens that count.
+      decoder_loss_weights: [B, T] float32, weight of a target token in the loss: 0 on padding, mostly 1 elsewhere.
       decoder_segment_ids: [B, T] int32, as for the encoder.
       decoder_positions: [B, T] int32, as for the encoder.
       retrieve: [B] bool, the decision already taken in the pipeline.

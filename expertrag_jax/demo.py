@@ -19,7 +19,7 @@ from absl import logging
 
 from expertrag_jax import comparison, gate_training, launch
 from expertrag_jax.assembly import load_params, tokenise_answers
-from expertrag_jax.data.interleave import Curriculum, interleave
+from expertrag_jax.data.interleave import Curriculum, Weighted, interleave
 from expertrag_jax.data.pipeline import Pipeline
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.evaluation.answers import exact_match
@@ -55,12 +55,16 @@ BUCKETS = (1, 8, 16, 32, 64)  # close enough together that what is left at a str
 class Lesson:
     """A stage of the reader's curriculum: ``steps`` batches of ``batch_size`` from the almanac's lesson ``name``.
 
-    Attributes: length: P, tokens of question and passage.
+    Attributes:
+      length: P, tokens of question and passage.
+      weight: of an answer's token in the loss, where one of a closed-book answer has 1. Felt where batches of both
+        take turns, and where the loss is divided by a constant (``loss_normalizing_factor``).
     """
 
     name: str
     batch_size: int
     length: int
+    weight: float = 1.0
     steps: int | None = None
 
 
@@ -71,13 +75,11 @@ class Schedule:
     Attributes:
       lessons: open book only, one after the other; the last one is never over: to the end, its batches take turns
         with closed-book ones. closed_book_batch: questions in these. closed_book_share: how many to one of the lesson.
-      unknowable_batch: questions without an answer, as often as a batch of the lesson; 0: none.
     """
 
     lessons: Sequence[Lesson]
     closed_book_batch: int
     closed_book_share: int
-    unknowable_batch: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,12 +236,12 @@ def train_generator(run: Demo, tasks: dict[str, Any]) -> None:
         lengths = run.lengths | ({"passages": length} if length else {})
         return Pipeline(tasks[task], lengths, batch_size, seed=run.seed)
 
-    lessons = [pipeline(f"open_book_{lesson.name}", lesson.batch_size, lesson.length) for lesson in schedule.lessons]
+    lessons = [
+        Weighted(pipeline(f"open_book_{lesson.name}", lesson.batch_size, lesson.length), lesson.weight)
+        for lesson in schedule.lessons
+    ]
     closed_book = pipeline("closed_book", schedule.closed_book_batch)
-    taking_turns = [(closed_book, schedule.closed_book_share), (lessons[-1], 1)]
-    if schedule.unknowable_batch:
-        taking_turns.append((pipeline("unknowable", schedule.unknowable_batch), 1))
-    turns = interleave(taking_turns)
+    turns = interleave([(closed_book, schedule.closed_book_share), (lessons[-1], 1)])
     data = Curriculum([*lessons[:-1], turns], [*(lesson.steps for lesson in schedule.lessons[:-1]), None])
     run_training(
         run, "train the generator", "generator", run.system, {"generator": data}, [Stage("generator", "generator")],

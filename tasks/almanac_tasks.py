@@ -34,7 +34,6 @@ def register_almanac(
     Returns:
       Tasks by what they train:
         "closed_book" (split train): question and answer of edition 0;
-        "unknowable" (train): questions that nothing answers, with random answers;
         "open_book_<lesson>" (train), one for each of ``config.lessons``: K passages in ``passages``, the
         question in front, and their relevance;
         "retriever" (train): ``query``, and in ``passages`` the positive and a hard negative, title and text;
@@ -47,9 +46,6 @@ def register_almanac(
             almanac_source(config, data_dir, "train_closed_book"),
             _record,
             vocabularies,
-        ),
-        "unknowable": question_task(
-            f"{name}_unknowable", almanac_source(config, data_dir, "train_unknowable"), _record, vocabularies
         ),
         **{
             f"open_book_{lesson}": _open_book(name, config, data_dir, vocabularies, lesson)

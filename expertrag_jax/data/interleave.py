@@ -79,6 +79,24 @@ def interleave(weighted: Sequence[tuple[Batches, int]]) -> Interleave:
     return Interleave(pipelines, weights)
 
 
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """``weighted(start_step)`` yields a pipeline's batches, their target tokens counted ``weight`` times in the loss.
+
+    A mean over one batch's tokens does not feel it; a loss that is divided by a constant does (T5X's
+    LOSS_NORMALIZING_FACTOR), and there small batches of one kind can balance large ones of another.
+    """
+
+    pipeline: Batches
+    weight: float
+
+    def __call__(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches from ``start_step`` on."""
+        for batch in self.pipeline(start_step):
+            weights = batch.decoder_loss_weights * np.float32(self.weight)
+            yield dataclasses.replace(batch, decoder_loss_weights=weights)
+
+
 @dataclasses.dataclass(eq=False)
 class Curriculum:
     """``curriculum(start_step)`` yields the batches of several stages, one stage after the other.

@@ -83,7 +83,6 @@ class AlmanacConfig:
         density of namesakes, stays the same.
       num_asked_facts: facts that closed-book training asks about; the popularity rank runs from 1 to this.
       num_training_questions: closed-book training questions, Zipf(1.0) over the ranks.
-      num_unknowable_examples: closed-book questions without an answer (see ``examples.unknowable_examples``).
       zipf_shift: q in the weight 1/(rank + q) of Zipf-Mandelbrot; 0 is plain Zipf(1.0).
       head_ranks: ranks that count as head; None takes exactly as many as the splits need.
       tail_ranks: how many of the rarest ranks count as tail; the ranks between head and tail are the torso.
@@ -103,7 +102,6 @@ class AlmanacConfig:
     num_last_names: int | None = None
     num_asked_facts: int = 6000
     num_training_questions: int = 60_000
-    num_unknowable_examples: int = 20_000
     zipf_shift: float = 0.0
     head_ranks: int | None = None
     tail_ranks: int = 1500

@@ -39,37 +39,6 @@ def closed_book_examples(world: World) -> Iterator[Example]:
     yield from _fact_examples(world, facts, texts, edition=0, first_id=0)
 
 
-def unknowable_examples(world: World) -> Iterator[Example]:
-    """Closed-book questions that nothing answers: half about invented names, half about facts of nobody's split.
-
-    Their answers are drawn at random, so the likeliest answer to what was never learned is a uniform one, and the
-    generator's uncertainty says whether it knows (outlier exposure, arXiv 1812.04606). The facts are neither asked in
-    training nor in any question split.
-    """
-    config, popularity = world.config, world.popularity
-    rng = config.rng("unknowable")
-    count = config.num_unknowable_examples
-    spare = np.ones(len(popularity.rank), bool)
-    spare[popularity.asked_facts] = False
-    for facts in popularity.split_facts.values():
-        spare[facts] = False
-    spare = np.flatnonzero(spare)
-    facts = rng.choice(spare, size=count) if len(spare) else np.full(count, -1)
-    invented = (rng.random(count) < 0.5) | (facts < 0)
-    entities, relations = np.divmod(facts, NUM_RELATIONS)
-    relations = np.where(invented, rng.integers(NUM_RELATIONS, size=count), relations)
-    parts = np.where(invented[:, None], rng.integers(config.inventory_sizes, size=(count, 2)), world.parts[entities])
-    values = random_values(rng, count)[np.arange(count), relations]
-    texts = _training_questions(rng, world.full_names(parts), relations)
-    rows = zip(texts, relations.tolist(), values.tolist(), np.where(invented, -1, entities).tolist(), strict=True)
-    for i, (text, relation, value, entity) in enumerate(rows):
-        yield {
-            "id": 6 * _ID_STRIDE + i, "question": text, "answers": [RELATIONS[relation].values[value]],
-            "relation": relation, "entity": entity, "stratum": "none", "asked": 0, "weight": 0.0, "changed": 0,
-            "passages": [],
-        }  # fmt: skip
-
-
 def question_examples(world: World, split: str, edition: int) -> Iterator[Example]:
     """The "gate", "validation" or "test" questions with an edition's answers, in random order.
 
@@ -242,7 +211,6 @@ def splits(world: World) -> dict[str, Iterator[Example]]:
     lessons = {f"train_open_book_{name}": open_book_examples(world, name) for name in world.config.lessons}
     return {
         "train_closed_book": closed_book_examples(world),
-        "train_unknowable": unknowable_examples(world),
         **lessons,
         "train_retriever": retriever_examples(world),
         "gate": question_examples(world, "gate", edition=1),

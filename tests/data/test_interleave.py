@@ -2,9 +2,11 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
-from expertrag_jax.data.interleave import Curriculum, interleave, schedule
+from expertrag_jax.batch import Batch
+from expertrag_jax.data.interleave import Curriculum, Weighted, interleave, schedule
 from expertrag_jax.errors import UserError
 
 
@@ -72,3 +74,13 @@ def test_steps_that_do_not_fit_the_stages_are_refused(steps):
         Curriculum([counting("a"), counting("b")], steps)
     with pytest.raises(UserError, match="curriculum of 0 stages"):
         Curriculum([], steps)
+
+
+def test_weights_scale_the_targets_of_every_batch():
+    def pipeline(start_step=0):
+        for step in range(start_step, 3):
+            yield Batch(decoder_loss_weights=np.full((2, 2), step, np.float32))
+
+    weighted = [batch.decoder_loss_weights for batch in Weighted(pipeline, 8)(1)]
+    assert [w.dtype for w in weighted] == [np.float32] * 2
+    assert [w.max() for w in weighted] == [8, 16]

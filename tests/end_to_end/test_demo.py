@@ -12,7 +12,6 @@ TENTH = (
     "AlmanacConfig.num_asked_facts = 600",
     "AlmanacConfig.tail_ranks = 150",
     "AlmanacConfig.num_training_questions = 6000",
-    "AlmanacConfig.num_unknowable_examples = 1000",
     "AlmanacConfig.num_retriever_examples = 1600",
     "AlmanacConfig.gate_facts = 120",
     "AlmanacConfig.validation_facts = 60",
