@@ -139,7 +139,7 @@ def uncalibrated(model: Model) -> Model:
 
 
 def calibrate(
-    p_ret: np.ndarray, correct_without: np.ndarray, correct_with: np.ndarray, tolerance: float = 0.005
+    p_ret: np.ndarray, correct_without: np.ndarray, correct_with: np.ndarray, tolerance: float = 0.0075
 ) -> Calibration:
     """Fits Platt's line and chooses the threshold on N validation questions.
 

@@ -1,11 +1,13 @@
 """Answer a file of questions, or score the answers that it gives, with a trained model or an export.
 
 Questions and results are JSON lines. A result has id, question, prediction and its log-probability (with
---mode=score: every given answer's), the gate's p_ret and decision, and the passages that were read.
+--mode=score: every given answer's), the gate's p_ret and decision, and the passages that were read. A job that was
+stopped goes on where it was when the same command is started again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -18,9 +20,10 @@ from tqdm import tqdm
 from expertrag_jax import launch
 from expertrag_jax.errors import UserError
 from expertrag_jax.interop.serving import service_from_export
-from expertrag_jax.retrieval.corpus import read_questions_jsonl
+from expertrag_jax.retrieval.corpus import Question, read_questions_jsonl
 from expertrag_jax.service import Service, service_from_model
-from expertrag_jax.trained_model import open_model
+from expertrag_jax.trained_model import GATE_FILE, open_model
+from expertrag_jax.training.pretrained import checkpoint_dir
 
 FLAGS = {
     "--model_dir": ("model_dir", "folder of the trained model, or"),
@@ -38,6 +41,7 @@ FLAGS = {
 MACROS = ("MODEL_DIR", "CHECKPOINT_PATH", "INDEX_DIR", "NUM_PASSAGES")
 EXAMPLE = "expertrag infer --model_dir=runs/qa --questions=test.jsonl --output=answers.jsonl"
 MODES = ("predict", "score")
+CHUNK = 1024  # questions whose results are written together
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,7 +62,8 @@ def infer(
     """Writes one record per question, in their order; see ``service.Service`` for the records.
 
     Args:
-      questions: JSON lines, plain or gzipped. output: JSON lines; appears when it is complete.
+      questions: JSON lines, plain or gzipped. output: JSON lines; appears when it is complete. Until then results
+        stand beside it in a file ``.partial``, named by the model, the index and the questions.
       model_dir or export_dir: one of them.
       checkpoint_path, num_passages, buckets: of a model only.
       index_dir: of the same encoder and vocabularies; None means the model's own.
@@ -80,13 +85,55 @@ def infer(
         num_passages=num_passages,
         buckets=buckets,
     )
-    rows = len(asked) if mode == "predict" else sum(len(question.answers) for question in asked)
-    with tqdm(total=rows, unit="question" if mode == "predict" else "answer") as bar:
-        run = service.predict if mode == "predict" else service.score
-        records = run(asked, lambda count: bar.update(count))
-    write_records(output, records)
-    retrieved = sum(record["retrieve"] for record in records)
-    _LOG.info("%s: %d questions, %d of them retrieved", output, len(records), retrieved)
+    service.check(asked, answers=mode == "score")
+    files = [questions, *model_files(model_dir, export_dir, checkpoint_path)]
+    key = job_key(service, files, mode, retrieve, num_passages)
+    partial = Path(output).with_name(f"{Path(output).name}.{key}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    done = finished_questions(partial, asked)
+    if done:
+        _LOG.info("%s: going on behind %d of %d questions", partial, done, len(asked))
+    run = service.predict if mode == "predict" else service.score
+    with tqdm(total=len(asked), initial=done, unit="question") as bar, open(partial, "a", encoding="utf-8") as file:
+        for start in range(done, len(asked), CHUNK):
+            chunk = asked[start : start + CHUNK]
+            file.writelines(as_line(record) for record in run(chunk))
+            file.flush()
+            bar.update(len(chunk))
+    os.replace(partial, output)
+    _LOG.info("%s: %d questions", output, len(asked))
+
+
+def model_files(model_dir: str | None, export_dir: str | None, checkpoint_path: str | None) -> list[Path]:
+    """Files whose contents, or for want of them paths, tell one model from another."""
+    if export_dir is not None:
+        return [Path(export_dir) / "manifest.json"]
+    return [Path(model_dir) / GATE_FILE, checkpoint_dir(checkpoint_path or model_dir)]
+
+
+def job_key(service: Service, files: Sequence[str | Path], *settings: Any) -> str:
+    """Eight hex digits: the same for a job that is repeated, others where a file, the index or a setting differs."""
+    retriever = service.answerer.retriever
+    files = [Path(file) for file in files]
+    if retriever is not None:
+        files.append(Path(retriever.loaded.directory) / "manifest.json")
+    digest = hashlib.sha256(repr(settings).encode())
+    for file in files:
+        digest.update(file.read_bytes() if file.is_file() else os.fsencode(file.absolute()))
+    return digest.hexdigest()[:8]
+
+
+def finished_questions(partial: Path, asked: Sequence[Question]) -> int:
+    """How many of the first questions have a whole record in ``partial``; what follows them there is cut off."""
+    if not partial.exists():
+        return 0
+    kept = []
+    for line, question in zip(partial.read_text(encoding="utf-8").splitlines(keepends=True), asked):
+        if not line.endswith("}\n") or json.loads(line)["id"] != question.id:
+            break
+        kept.append(line)
+    partial.write_text("".join(kept), encoding="utf-8")
+    return len(kept)
 
 
 def open_service(
@@ -128,8 +175,13 @@ def write_records(output: str | Path, records: Sequence[dict[str, Any]]) -> None
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.writelines(as_line(record) for record in records)
     os.replace(partial, output)
+
+
+def as_line(record: dict[str, Any]) -> str:
+    """A record as one JSON line."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

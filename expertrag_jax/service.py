@@ -41,6 +41,13 @@ class Service:
             questions, self.reader_vocabulary, self.retriever_vocabulary, *lengths
         )
 
+    def check(self, questions: Sequence[Question], answers: bool) -> None:
+        """Before anything is answered: raises UserError for a question (``answers``: or an answer) that is too long."""
+        self.tokenise(questions)
+        if answers:
+            given = [answer for question in questions for answer in question.answers]
+            assembly.tokenise_answers(given, self.reader_vocabulary, self.settings.answer_length)
+
     def predict(self, questions: Sequence[Question], progress: Progress | None = None) -> list[Record]:
         """Answers questions.
 

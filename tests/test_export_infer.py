@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+from expertrag_jax import infer
 from expertrag_jax.main import main
+from expertrag_jax.service import Service
 from expertrag_jax.training.pretrained import read_metadata, restore_parameters
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -93,6 +95,29 @@ def test_both_routes_give_equal_scores(tiny, export_dir, questions, predictions,
             assert mine["score"] == pytest.approx(its["score"], rel=1e-5)
         assert record == other
         assert record == {name: predicted[name] for name in record}  # the gate decides as for a prediction
+
+
+def test_a_stopped_job_goes_on(tiny_export, questions, predictions, folder, monkeypatch):
+    out, calls = folder / "resumed.jsonl", []
+    predict = Service.predict
+
+    def stopping(service, asked):
+        calls.append([question.id for question in asked])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(service, asked)
+
+    monkeypatch.setattr(infer, "CHUNK", 1)
+    monkeypatch.setattr(Service, "predict", stopping)
+    command = ("infer", "--export_dir", tiny_export, "--questions", questions, "--output", out)
+    assert run(*command) == 130
+    assert not out.exists()
+    (partial,) = folder.glob("resumed.jsonl.*.partial")
+    partial.write_text(partial.read_text() + '{"id": "q2", "quest')  # killed while it wrote
+    assert run(*command) == 0
+    assert lines(out) == predictions[1]
+    assert calls[2:4] == [["q2"], ["q2"]], "what was finished is not answered again"
+    assert not list(folder.glob("*.partial"))
 
 
 def test_the_export_holds_an_orbax_directory(tiny, export_dir):

@@ -149,6 +149,7 @@ class Pipeline:
         """
         _leave_accelerators_to_jax()
         lengths = self._lengths()
+        self._check_cached()
         ds = (provider or self.provider).get_dataset(
             lengths,
             split=self.split,
@@ -160,6 +161,15 @@ class Pipeline:
         if self.pack and self.materialise and self.shuffle:
             ds = ds.shuffle(_PACKING_SHUFFLE, seed=self.seed, reshuffle_each_iteration=False)
         return self.converter(ds, lengths)
+
+    def _check_cached(self) -> None:
+        missing = [task.name for task in self._sources if self.use_cached and not task.cache_dir]
+        if missing:
+            raise UserError(
+                f"USE_CACHED_TASKS is True, but task {missing[0]} has no complete cache in "
+                f"{list(seqio.get_global_cache_dirs())}: name its folder with --seqio_additional_cache_dirs, write it "
+                "with seqio_cache_tasks (extra 'beam'), or set USE_CACHED_TASKS to False."
+            )
 
     @functools.cached_property
     def _sources(self) -> list[seqio.Task]:
