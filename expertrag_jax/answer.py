@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any
 
 from rich import box
@@ -14,6 +15,7 @@ from expertrag_jax import launch
 from expertrag_jax.errors import UserError
 from expertrag_jax.infer import open_service
 from expertrag_jax.retrieval.corpus import Question
+from expertrag_jax.service import Service
 
 FLAGS = {
     "question": ("question", "what to ask, each question in quotes"),
@@ -54,12 +56,21 @@ def answer(
     threshold = service.settings.threshold
     console = Console(highlight=False)
     for record in records:
-        show(record, retrieve, threshold, console)
+        show(record, retrieve, threshold, console, texts_of_passages(service, record))
     return records
 
 
-def show(record: dict[str, Any], retrieve: str, threshold: float, console: Console) -> None:
-    """Prints one record."""
+def texts_of_passages(service: Service, record: dict[str, Any]) -> list[str]:
+    """The texts of a record's passages."""
+    if not record["passages"]:
+        return []
+    corpus = service.answerer.retriever.loaded.passages
+    row_of = corpus.row_of()
+    return [corpus.texts[row_of[passage["id"]]] for passage in record["passages"]]
+
+
+def show(record: dict[str, Any], retrieve: str, threshold: float, console: Console, texts: Sequence[str]) -> None:
+    """Prints one record; ``texts`` are its passages', of which the beginnings are shown."""
     console.print(Text(record["question"]), style="bold")
     console.print(Text(f"  answer    {record['prediction'] or '(none)'}"))
     console.print(f"  log p     {record['score']:.3f} nats")
@@ -67,19 +78,20 @@ def show(record: dict[str, Any], retrieve: str, threshold: float, console: Conso
     why = f"threshold {threshold:.3f}" if retrieve == "gate" else f"--retrieve={retrieve}"
     console.print(f"  p_ret     {record['p_ret']:.3f}, {done} ({why})")
     if record["passages"]:
-        console.print(_passages(record["passages"]))
+        console.print(_passages(record["passages"], texts))
     console.print()
 
 
-def _passages(passages: Sequence[dict[str, Any]]) -> Table:
+def _passages(passages: Sequence[dict[str, Any]], texts: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("rank", justify="right")
     table.add_column("score", justify="right")
     table.add_column("id", overflow="fold")
     table.add_column("title")
-    for rank, passage in enumerate(passages, 1):
+    table.add_column("text", max_width=60)
+    for rank, (passage, text) in enumerate(zip(passages, texts), 1):
         score, name, title = f"{passage['score']:.4f}", passage["id"], passage["title"]
-        table.add_row(str(rank), score, Text(name), Text(title))
+        table.add_row(str(rank), score, Text(name), Text(title), Text(shorten(text, 160, placeholder=" ...")))
     return table
 
 

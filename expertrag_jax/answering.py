@@ -289,11 +289,9 @@ class Answerer:
 
     def assemble(self, question_tokens: np.ndarray, passage_tokens: np.ndarray) -> np.ndarray:
         """Reader inputs [B, K, P] int32 (``concatenate``: [B, 1, P]) of questions [B, L] and passages [B, K, S]."""
-        if self._fusion != "concatenate":
-            return evidence.assemble_batch(question_tokens, passage_tokens, self.reader_length)
-        joined = passage_tokens.reshape(len(passage_tokens), 1, -1)
-        order = np.argsort(joined == 0, axis=-1, kind="stable")  # padding between passages moves to the end
-        return evidence.assemble_batch(question_tokens, np.take_along_axis(joined, order, -1), self.reader_length)
+        if self._fusion == "concatenate":
+            passage_tokens = evidence.joined(passage_tokens)
+        return evidence.assemble_batch(question_tokens, passage_tokens, self.reader_length)
 
     def _finish(self, state, active, index, bucket, answers, targets) -> None:
         rows = active[: len(index)]

@@ -34,7 +34,7 @@ def calibrate(
     checkpoint_path: str | None = None,
     index_dir: str | None = None,
     rule: str = "squad1",
-    tolerance: float = 0.0075,
+    tolerance: float = 0.005,
     overwrite: bool = False,
 ) -> gate_training.Calibration:
     """Fits Platt's line and chooses the threshold; see ``gate_training.calibrate``.
@@ -47,13 +47,13 @@ def calibrate(
     if (Path(model_dir) / GATE_FILE).exists() and not overwrite:
         raise UserError(f"{Path(model_dir) / GATE_FILE} exists: nothing was overwritten; add --overwrite.")
     asked = read_questions(questions, None, "")
-    model = open_model(model_dir, checkpoint_path)
+    model = open_model(model_dir, checkpoint_path, calibrated=False)
     if "gate" not in model.params:
         raise UserError(f"{model_dir} holds a {type(model.system).__name__}: it has no gate to calibrate.")
-    service = service_from_model(gate_training.uncalibrated(model), "gate", index_dir)
+    service = service_from_model(model, "gate", index_dir)
     arms = answer_both(service, asked, rule)
     found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, tolerance)
-    path = found.write(model_dir)
+    path = found.write(model_dir, model.source.name)
     print(
         f"threshold {found.threshold:.4f}: on {found.questions} questions, accuracy {found.accuracy:.4f} at a "
         f"retrieval rate of {found.retrieval_rate:.3f} (always {found.accuracy_always:.4f}, never "

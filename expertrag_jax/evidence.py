@@ -126,3 +126,10 @@ def _fit(tokens: np.ndarray, length: int) -> np.ndarray:
     kept = min(length, tokens.shape[1])
     fitted[:, :kept] = tokens[:, :kept]
     return fitted
+
+
+def joined(passage_tokens: np.ndarray) -> np.ndarray:
+    """All passages as one, in rank order: [B, K, S] int32, 0-padded -> [B, 1, K * S], padding behind the last one."""
+    rows = passage_tokens.reshape(len(passage_tokens), 1, -1)
+    order = np.argsort(rows == 0, axis=-1, kind="stable")
+    return np.take_along_axis(rows, order, -1)

@@ -19,7 +19,7 @@ from expertrag_jax.answering import Answerer, Questions, pad_rows
 from expertrag_jax.batch import Batch
 from expertrag_jax.gate import calibration, network
 from expertrag_jax.systems.expert_rag import GateExamples
-from expertrag_jax.trained_model import GATE_FILE, Model
+from expertrag_jax.trained_model import GATE_FILE
 
 
 def measure_arms(
@@ -35,7 +35,7 @@ def measure_arms(
     The passages come from the answerer's retriever and are laid out as it lays them out for reading.
 
     Returns:
-      GateExamples of numpy arrays [N, ...]; ``retrieval_needed`` is NaN (see ``with_need``).
+      GateExamples of numpy arrays [N, ...]; ``retrieval_needed`` is NaN: losses are measured here, not answers.
     """
     run = jax.jit(lambda params, batch: system.both_arms(params, batch)[0])
     rows = answerer.buckets[-1]
@@ -67,12 +67,6 @@ def both_arms_batch(answerer: Answerer, questions: Questions, targets: np.ndarra
 
 def _take(examples: GateExamples, rows: np.ndarray) -> GateExamples:
     return jax.tree.map(lambda x: x[rows], examples)
-
-
-def with_need(examples: GateExamples, correct_without: np.ndarray, correct_with: np.ndarray) -> GateExamples:
-    """Sets ``retrieval_needed``: 1 where only the answer with evidence is right, 0 where the other one is too."""
-    needed = (~correct_without & correct_with).astype(np.float32)
-    return examples.replace(retrieval_needed=needed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,21 +119,15 @@ class Calibration:
     accuracy_never: float
     questions: int
 
-    def write(self, model_dir: str | Path) -> Path:
-        """Puts ``gate.json`` into a MODEL_DIR; returns its path."""
+    def write(self, model_dir: str | Path, checkpoint: str) -> Path:
+        """Puts ``gate.json`` into a MODEL_DIR, with the name of the checkpoint that it calibrates; returns its path."""
         path = Path(model_dir) / GATE_FILE
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        path.write_text(json.dumps(dataclasses.asdict(self) | {"checkpoint": checkpoint}, indent=1) + "\n")
         return path
 
 
-def uncalibrated(model: Model) -> Model:
-    """The model with the gate as it was trained: what a calibration starts from, the first one and a repeated one."""
-    gate = network.with_calibration(model.params["gate"], 1.0, 0.0)
-    return dataclasses.replace(model, params=dict(model.params) | {"gate": gate})
-
-
 def calibrate(
-    p_ret: np.ndarray, correct_without: np.ndarray, correct_with: np.ndarray, tolerance: float = 0.0075
+    p_ret: np.ndarray, correct_without: np.ndarray, correct_with: np.ndarray, tolerance: float = 0.005
 ) -> Calibration:
     """Fits Platt's line and chooses the threshold on N validation questions.
 

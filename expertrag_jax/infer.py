@@ -124,7 +124,7 @@ def job_key(service: Service, files: Sequence[str | Path], *settings: Any) -> st
 
 
 def finished_questions(partial: Path, asked: Sequence[Question]) -> int:
-    """How many of the first questions have a whole record in ``partial``; what follows them there is cut off."""
+    """How many of the first questions, in whole chunks, have a record in ``partial``; the rest of it is cut off."""
     if not partial.exists():
         return 0
     kept = []
@@ -132,6 +132,7 @@ def finished_questions(partial: Path, asked: Sequence[Question]) -> int:
         if not line.endswith("}\n") or json.loads(line)["id"] != question.id:
             break
         kept.append(line)
+    kept = kept[: len(kept) // CHUNK * CHUNK]  # the same batches as without the stop, so the same rounding
     partial.write_text("".join(kept), encoding="utf-8")
     return len(kept)
 

@@ -22,7 +22,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "answer": ("expertrag_jax.answer", "answer one question and show the gate's decision and the passages"),
     "calibrate": ("expertrag_jax.calibrate", "calibrate the gate and choose its threshold"),
     "export": ("expertrag_jax.export", "write a trained system for serving"),
-    "plan": ("expertrag_jax.plan", "compile a run for a pod without one, and print its memory"),
     "demo": ("expertrag_jax.demo", "the almanac, from nothing to a report"),
 }
 

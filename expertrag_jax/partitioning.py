@@ -55,8 +55,6 @@ ACTIVATION_RULES: Rules = (
 
 PARAMETER_RULES: Rules = tuple((name, "fsdp" if name == "embed" else axes) for name, axes in ACTIVATION_RULES)
 
-LOGICAL_AXIS_RULES = PARAMETER_RULES
-
 _activation_rules = contextvars.ContextVar("activation_rules", default=ACTIVATION_RULES)
 
 

@@ -39,7 +39,10 @@ MACROS = (
     "NUM_SELECTED_EXPERTS", "TRAIN_EXPERT_CAPACITY_FACTOR", "EVAL_EXPERT_CAPACITY_FACTOR", "AUX_LOSS_FACTOR",
     "ROUTER_Z_LOSS_FACTOR", "JITTER_NOISE", "RETRIEVAL_COST", "FUSION",
 )  # fmt: skip
-EXAMPLE = "expertrag train --gin_file=runs/train.gin --gin.MODEL_DIR=runs/qa --gin.QUESTIONS=train.jsonl"
+EXAMPLE = (
+    "expertrag train --gin_file=runs/train.gin --gin_file=models/t5_tiny.gin --gin_file=systems/closed_book.gin "
+    "--gin.VOCABULARY=vocabulary.model --gin.QUESTIONS=train.jsonl --gin.MODEL_DIR=runs/closed_book"
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -81,6 +84,8 @@ def train(
     retriever_vocabulary: str | None = None,
     stages: Sequence[Stage] | None = None,
     mesh: Mesh | None = None,
+    parameter_rules: partitioning.Rules = partitioning.PARAMETER_RULES,
+    activation_rules: partitioning.Rules = partitioning.ACTIVATION_RULES,
     seed: int = 0,
     microbatches: int = 1,
     checkpoint_period: int = 1000,
@@ -104,6 +109,7 @@ def train(
       task_feature_lengths: of questions, answers, queries and passages; answering needs them again.
       stages: what to run in place of the system's phases.
       mesh: see ``partitioning.make_mesh``; None: all devices share the batch.
+      parameter_rules, activation_rules: logical axes -> mesh axes, (name, axis or axes or None) each.
       seed, microbatches, checkpoint_period, keep_checkpoints, log_period, initial_checkpoint: see
         ``loop.train``.
       eval_datasets: by phase or stage, finite or not; the loss of its first ``eval_steps`` batches is logged
@@ -127,10 +133,11 @@ def train(
         keep_configuration(directory, files)
         if progress is None:
             announce(directory, phases, mesh)
-    state = loop.train(
-        system, datasets, directory, mesh=mesh, phases=phases, seed=seed, microbatches=microbatches,
-        checkpoint_period=checkpoint_period, keep_checkpoints=keep_checkpoints, log_period=log_period,
-        initial_checkpoint=initial_checkpoint,
+    run = partitioning.activation_rules(activation_rules)(loop.train)
+    state = run(
+        system, datasets, directory, mesh=mesh, rules=parameter_rules, phases=phases, seed=seed,
+        microbatches=microbatches, checkpoint_period=checkpoint_period, keep_checkpoints=keep_checkpoints,
+        log_period=log_period, initial_checkpoint=initial_checkpoint,
         hooks=evaluation_hooks(system, phases, eval_datasets or {}, eval_period, eval_steps, mesh),
         metadata={
             "digests": {name: found.digest for name, (_, found) in files.items()},

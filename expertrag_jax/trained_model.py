@@ -43,11 +43,14 @@ class Model:
     index_dir: str | None
 
 
-def open_model(model_dir: str | Path, checkpoint_path: str | Path | None = None, **changes: Any) -> Model:
+def open_model(
+    model_dir: str | Path, checkpoint_path: str | Path | None = None, *, calibrated: bool = True, **changes: Any
+) -> Model:
     """Reads a MODEL_DIR.
 
     Args:
       model_dir: written by training. checkpoint_path: of one of its checkpoints; None means the newest.
+      calibrated: with ``gate.json``, if there is one; else the gate is as it was trained, its threshold 0.5.
       changes: fields of ``AnswerSettings`` other than those of the training; None leaves a field as it was.
 
     Raises:
@@ -66,7 +69,7 @@ def open_model(model_dir: str | Path, checkpoint_path: str | Path | None = None,
         )
     system = rebuild(facts["system"])
     check_answers(system)
-    gate = _calibration(model_dir)
+    gate = _calibration(model_dir, source) if calibrated else {}
     settings = _trained_settings(system, facts, gate.get("threshold", 0.5))
     changes = {name: value for name, value in changes.items() if value is not None}
     settings = dataclasses.replace(settings, **changes)
@@ -94,16 +97,26 @@ def _trained_settings(system: Any, facts: Mapping[str, Any], threshold: float) -
     )
 
 
-def _calibration(model_dir: Path) -> dict[str, float]:
-    """Threshold, scale and bias in ``gate.json``; empty where the gate was not calibrated."""
+def _calibration(model_dir: Path, source: Path) -> dict[str, float]:
+    """Threshold, scale and bias in ``gate.json``; empty where the gate was not calibrated.
+
+    Raises:
+      UserError: the file is damaged, or of another checkpoint than ``source``.
+    """
     path = model_dir / GATE_FILE
     if not path.is_file():
         return {}
     try:
         stored = json.loads(path.read_text())
-        return {name: float(stored[name]) for name in ("threshold", "scale", "bias")}
+        found = {name: float(stored[name]) for name in ("threshold", "scale", "bias")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): run `expertrag calibrate` again.") from None
+    if stored.get("checkpoint", source.name) != source.name:
+        raise UserError(
+            f"{path} calibrates the gate of checkpoint {stored['checkpoint']} and this is {source.name}: run "
+            "`expertrag calibrate --overwrite`, or move the file away."
+        )
+    return found
 
 
 def _vocabulary(path: Path, name: str, facts: Mapping[str, Any]) -> Vocabulary:

@@ -59,28 +59,6 @@ def register_almanac(
     return {kind: register(task) for kind, task in tasks.items()}
 
 
-def register_almanac_evidence(
-    config: AlmanacConfig,
-    data_dir: str | os.PathLike,
-    vocabularies: Vocabularies,
-    retriever: Any,
-    name: str = "almanac_evidence",
-    mode: str = "both_arms",
-    **evidence: Any,
-) -> seqio.Task:
-    """Registers the question splits with passages of an index; for training the gate, ``mode`` "both_arms".
-
-    Args:
-      config, data_dir, vocabularies: as for ``register_almanac``, which has been called before.
-      retriever: over the index of an edition of the corpus.
-      name: of the task.
-      mode: "both_arms" or "decided".
-      **evidence: num_passages, policy, p_ret of ``data.question_tasks.question_task``.
-    """
-    source = almanac_source(config, data_dir, *QUESTION_SPLITS)
-    return register(question_task(name, source, _record, vocabularies, mode, retriever, **evidence))
-
-
 def almanac_source(config: AlmanacConfig, data_dir: str | os.PathLike, *splits: str) -> seqio.TfdsDataSource:
     """The prepared world as a source; a split "train_..." is called "train"."""
     names = {"train" if split.startswith("train") else split: split for split in splits}

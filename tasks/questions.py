@@ -9,7 +9,7 @@ known only at run time. The functions here register a task and return it, so a g
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def register_questions(name: str, path: Paths, vocabularies: Vocabularies, **evi
       name: of the task.
       path: of the file, as split "train", or a map from split to path.
       vocabularies: of reader and retriever.
-      **evidence: mode, retriever, num_passages, policy, p_ret of ``data.question_tasks.question_task``.
+      **evidence: mode, retriever, num_passages, policy, p_ret, fusion of ``data.question_tasks.question_task``.
 
     Returns:
       The task. Reading it raises UserError for a missing file or a bad line (file and line).
@@ -139,7 +139,7 @@ def register_open_domain(
       name: of the task; by default ``dataset``.
       splits: the task's splits in terms of TFDS's; by default train, validation (last 10% of train) and test.
       data_dir: of TFDS; None for its default.
-      **evidence: mode, retriever, num_passages, policy, p_ret of ``data.question_tasks.question_task``.
+      **evidence: mode, retriever, num_passages, policy, p_ret, fusion of ``data.question_tasks.question_task``.
 
     Raises:
       UserError: another dataset.
@@ -149,8 +149,3 @@ def register_open_domain(
     tfds_name, to_record, default_splits = _OPEN_DOMAIN[dataset]
     source = seqio.TfdsDataSource(tfds_name, tfds_data_dir=data_dir, splits=dict(splits or default_splits))
     return register(question_task(name or dataset, source, to_record, vocabularies, **evidence))
-
-
-def register_all_open_domain(vocabularies: Vocabularies, **evidence: Any) -> Sequence[seqio.Task]:
-    """Registers all three under their own names."""
-    return [register_open_domain(dataset, vocabularies, **evidence) for dataset in _OPEN_DOMAIN]

@@ -94,7 +94,9 @@ def test_both_routes_give_equal_scores(tiny, export_dir, questions, predictions,
             assert mine["answer"] == its["answer"] and mine["score"] < 0
             assert mine["score"] == pytest.approx(its["score"], rel=1e-5)
         assert record == other
-        assert record == {name: predicted[name] for name in record}  # the gate decides as for a prediction
+        # The gate decides as for a prediction, up to the rounding of batches that hold other rows.
+        assert record.pop("p_ret") == pytest.approx(predicted["p_ret"], rel=1e-5)
+        assert record == {name: predicted[name] for name in record}
 
 
 def test_a_stopped_job_goes_on(tiny_export, questions, predictions, folder, monkeypatch):
@@ -115,7 +117,9 @@ def test_a_stopped_job_goes_on(tiny_export, questions, predictions, folder, monk
     (partial,) = folder.glob("resumed.jsonl.*.partial")
     partial.write_text(partial.read_text() + '{"id": "q2", "quest')  # killed while it wrote
     assert run(*command) == 0
-    assert lines(out) == predictions[1]
+    for mine, its in zip(lines(out), predictions[1], strict=True):
+        assert mine["prediction"] == its["prediction"] and mine["passages"] == its["passages"]
+        assert mine["score"] == pytest.approx(its["score"], rel=1e-5)  # other batches, other rounding
     assert calls[2:4] == [["q2"], ["q2"]], "what was finished is not answered again"
     assert not list(folder.glob("*.partial"))
 

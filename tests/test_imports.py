@@ -23,7 +23,7 @@ BLOCKED = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "sca
 HOUSE = (
     ("entry points", tuple(ENTRY_POINTS)),
     ("interop", ("interop",)),
-    ("what jobs share", ("encoders", "gate_training", "comparison", "stages")),
+    ("what jobs share", ("encoders", "trained_gate", "gate_training", "comparison", "stages")),
     ("from files to answers", ("assembly", "trained_model", "service")),
     ("answering", ("answering",)),
     ("training", ("training",)),
@@ -42,6 +42,7 @@ HOUSE = (
     ("batch", ("batch",)),
     ("partitioning", ("partitioning",)),
     ("directories", ("directories",)),
+    ("native output", ("native_output",)),
     ("errors", ("errors",)),
 )
 

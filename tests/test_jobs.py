@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from expertrag_jax.main import main
+from expertrag_jax.partitioning import PARAMETER_RULES
 from expertrag_jax.retrieval.corpus import write_passages_tsv
 from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.systems.retriever import DualEncoder
@@ -184,8 +185,53 @@ def test_training_starts_from_a_checkpoint(closed_book, tmp_path):
 def test_training_refuses_a_checkpoint_of_another_shape(closed_book, fails):
     place, arguments = closed_book
     wider = "--gin.config.TransformerConfig.embed_dim=32"
-    assert "of another shape" in fails(*arguments, wider, also=[place.parent / "model" / "checkpoints"])
+    assert "model.embed_dim was 16 and is 32" in fails(*arguments, wider, also=[place.parent / "model" / "checkpoints"])
     assert "of another shape" in fails(*arguments[:-1], "elsewhere", wider, "--initial_checkpoint", place, also=[place])
+
+
+def test_logical_axis_rules_come_from_gin(closed_book, tmp_path, fails):
+    place, arguments = closed_book
+    rules = [(name, None) for name, _ in PARAMETER_RULES]
+    again = [*arguments[:-1], tmp_path / "model"]
+    assert run(*again, f"--gin.train.train.parameter_rules={rules}") == 0
+    wrong = f"--gin.train.train.parameter_rules={[rule for rule in rules if rule[0] != 'embed']}"
+    assert "logical axis" in fails(*arguments[:-1], tmp_path / "other", wrong, also=[place])
+
+
+def test_training_refuses_to_go_on_with_another_architecture(closed_book, fails):
+    place, arguments = closed_book
+    nearer = "--gin.config.TransformerConfig.relative_max_distance=64"
+    assert "model.relative_max_distance was 128 and is 64" in fails(*arguments, nearer, also=[place / "checkpoints"])
+
+
+@pytest.mark.parametrize("gate", ["always", "never", "random", "learned"])
+def test_a_gin_file_chooses_the_gate_of_the_pipeline(gate, tiny, files, tmp_path):
+    macros = {
+        "VOCABULARY": files / "vocabulary.model", "QUESTIONS": files / "questions.jsonl", "INDEX_DIR": files / "bm25",
+        "MODEL_DIR": tmp_path / "model",
+    } | ({"GATE_DIR": tiny.model_dir} if gate == "learned" else {})  # fmt: skip
+    given = [f"--gin.{name}='{value}'" for name, value in macros.items()]
+    system = (*CLOSED_BOOK[:2], "--gin_file=systems/decided.gin", f"--gin_file=gates/{gate}.gin")
+    lengths = "--gin.TASK_FEATURE_LENGTHS={'inputs': 96, 'targets': 8, 'query': 24}"
+    assert run("train", *system, *SMALL, *given, lengths, "--gin.PACK=True", "--gin.train.train.log_period=1") == 0
+    logged = (tmp_path / "model" / "logs" / "metrics.jsonl").read_text().splitlines()
+    assert len(logged) == 2 and all(json.loads(line)["loss"] > 0 for line in logged)
+
+
+def test_concatenated_passages_train_and_answer(files, tmp_path):
+    model = tmp_path / "model"
+    macros = {
+        "VOCABULARY": files / "vocabulary.model", "QUESTIONS": files / "questions.jsonl", "INDEX_DIR": files / "bm25",
+        "GATE_QUESTIONS": files / "questions.jsonl", "MODEL_DIR": model, "FUSION": "concatenate",
+    }  # fmt: skip
+    given = [f"--gin.{name}='{value}'" for name, value in macros.items()]
+    lengths = "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8, 'query': 24, 'passages': 96}"
+    numbers = ("--gin.QUERY_ENCODER=None", "--gin.GATE_STEPS=1", "--gin.NUM_PASSAGES=2")
+    assert run("train", *EXPERT_RAG, *SMALL, *given, *numbers, lengths) == 0
+    asked = ("--questions", files / "questions.jsonl", "--retrieve=always", "--buckets=4")
+    assert run("infer", "--model_dir", model, *asked, "--output", tmp_path / "answers.jsonl") == 0
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert {len(record["passages"]) for record in records} == {2}
 
 
 def test_training_says_what_is_wrong_with_its_input(closed_book, files, fails, tmp_path):
@@ -202,6 +248,7 @@ def test_training_says_what_is_wrong_with_its_input(closed_book, files, fails, t
     assert "but inputs holds 24" in train(f"--gin.QUESTIONS='{long_}'")
     assert "cannot read the vocabulary" in train("--gin.VOCABULARY=nowhere.model")
     assert "did you mean 'TRAIN_STEPS'?" in train("--gin.TRAIN_STEP=5")
+    assert "'many' steps; give a whole number" in train("--gin.TRAIN_STEPS='many'")
     assert "has no parameter 'step'" in train("--gin.closed_book.ClosedBook.step=5")
     assert "did you mean 'models/t5_tiny.gin'?" in train("--gin_file=models/t5_tyni.gin")
     assert "only 128 embeddings" in train("--gin.config.TransformerConfig.vocab_size=128")
@@ -273,6 +320,11 @@ def test_calibration_is_written_once(tiny, files, tmp_path, fails):
     assert first["questions"] == 15 and 0 <= first["retrieval_rate"] <= 1
     assert run(*arguments, "--overwrite") == 0  # starts from the gate as it was trained
     assert json.loads((model / "gate.json").read_text()) == first
+    (model / "gate.json").write_text(json.dumps(first | {"checkpoint": "2"}))  # trained further since
+    assert "calibrates the gate of checkpoint 2" in fails(
+        "evaluate", "--model_dir", model, "--questions", files / "questions.jsonl", also=[model]
+    )
+    assert run(*arguments, "--overwrite") == 0
 
 
 @pytest.mark.parametrize("job", ["evaluate", "calibrate"])

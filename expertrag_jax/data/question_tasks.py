@@ -61,6 +61,7 @@ def question_task(
     num_passages: int = 4,
     policy: Policy | None = None,
     p_ret: Callable[[np.ndarray], np.ndarray] | None = None,
+    fusion: str = "per_passage",
 ) -> seqio.Task:
     """A task over a source of questions; not registered, see ``register``.
 
@@ -74,7 +75,7 @@ def question_task(
       retriever: see ``retrieval.Retrieve``; needed for every mode but "closed_book".
       num_passages: K.
       policy: see ``retrieval.Retrieve``; None is ``Always()``.
-      p_ret: see ``retrieval.Retrieve``.
+      p_ret, fusion: see ``retrieval.Retrieve``.
 
     Raises:
       UserError: an unknown mode, or a mode that retrieves without a retriever.
@@ -90,7 +91,7 @@ def question_task(
     if mode != "closed_book":
         if retriever is None:
             raise UserError(f"task {name} retrieves (mode {mode!r}) but has no retriever: set INDEX_DIR")
-        steps.append(Retrieve(retriever, num_passages, mode, policy or Always(), p_ret))
+        steps.append(Retrieve(retriever, num_passages, mode, policy or Always(), p_ret, fusion))
     steps.append(preprocessors.single_examples)
     return seqio.Task(name, source, output_features(mode, vocabularies), steps)
 

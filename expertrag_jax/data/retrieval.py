@@ -35,6 +35,7 @@ class Retrieve:
       mode: "decided" or "both_arms".
       policy: who decides, in decided mode.
       p_ret: question tokens [n, L] -> [n] float32, the gate's probability, for policies that need it.
+      fusion: of the system; "concatenate" makes one reader input of all passages in both-arms mode.
       sequence_length: SeqIO's lengths, filled in by the task: ``inputs`` holds question and evidence in
         decided mode, ``passages`` one reader input in both-arms mode.
     """
@@ -44,6 +45,7 @@ class Retrieve:
     mode: str = "decided"
     policy: Policy = Always()
     p_ret: Callable[[np.ndarray], np.ndarray] | None = None
+    fusion: str = "per_passage"
     sequence_length: Lengths | None = None
 
     def __post_init__(self):
@@ -124,13 +126,15 @@ class Retrieve:
 
     def _both_arms(self, chunk: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         k, length = self.num_passages, self._length("passages")
+        per_question = 1 if self.fusion == "concatenate" else k
 
         def call(questions, inputs, query, gold):
             found = self._search(texts(questions), query)
-            tokens = evidence.assemble_batch(inputs, found.passage_tokens, length)
+            passages = evidence.joined(found.passage_tokens) if per_question == 1 else found.passage_tokens
+            tokens = evidence.assemble_batch(inputs, passages, length)
             return [tokens, found.rows, found.scores, self.relevance(found.rows, texts(gold))]
 
-        specs = [tf.TensorSpec([None, k, length], tf.int32)]
+        specs = [tf.TensorSpec([None, per_question, length], tf.int32)]
         specs += [tf.TensorSpec([None, k], dtype) for dtype in (tf.int32, tf.float32, tf.float32)]
         arguments = [chunk[name] for name in ("question", "inputs", "query", "gold")]
         names = ("passages", "passage_rows", "passage_scores", "passage_relevance")

@@ -63,8 +63,12 @@ def _strata(edition: Mapping[str, Any]) -> Table:
     table.add_column("EM %", no_wrap=True)
     for name in strata:
         table.add_column(stratum(name), justify="right", no_wrap=True)
+    weighted = all("em_zipf" in row for row in edition["policies"].values())
+    if weighted:
+        table.add_column("Zipf-weighted", justify="right", no_wrap=True)
     for policy, row in edition["policies"].items():
         cells = [percent(row["em_by_stratum"][name]).rstrip("%") for name in strata]
+        cells += [percent(row["em_zipf"]).rstrip("%")] if weighted else []
         table.add_row(policy, *cells, style="bold" if policy == "gate" else None)
     return table
 

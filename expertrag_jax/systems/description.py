@@ -50,6 +50,31 @@ def rebuild(description: Mapping[str, Any]) -> Any:
         ) from error
 
 
+NOT_ARCHITECTURE = (
+    "dropout_rate", "train_expert_capacity_factor", "eval_expert_capacity_factor", "expert_group_size",
+    "router_jitter", "dtype", "remat",
+)  # fmt: skip
+"""Fields of the networks' configurations that a run may change when it goes on."""
+
+
+def other_architecture(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first difference between two descriptions' networks, as ``model.num_heads was 8 and is 4``; None where equal.
+
+    A network is a nested dataclass (``model``, ``retriever``); a system's own numbers, such as steps and losses'
+    factors, may differ.
+    """
+    for network, inner in now[_FIELDS].items():
+        before = stored.get(_FIELDS, {}).get(network)
+        if not isinstance(inner, Mapping) or not isinstance(before, Mapping):
+            continue
+        for name, value in inner[_FIELDS].items():
+            old = before.get(_FIELDS, {}).get(name, value)
+            value = list(value) if isinstance(value, tuple) else value
+            if name not in NOT_ARCHITECTURE and old != value:
+                return f"{network}.{name} was {old!r} and is {value!r}"
+    return None
+
+
 def _value(value: Any) -> Any:
     if isinstance(value, Mapping) and set(value) == {_CLASS, _FIELDS}:
         return rebuild(value)

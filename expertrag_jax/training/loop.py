@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
+from expertrag_jax.systems.description import other_architecture
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import phases as phases_lib
 from expertrag_jax.training.checkpoint import Checkpoints
@@ -123,7 +124,7 @@ def resume(
     """The newest checkpoint's state on this run's mesh.
 
     Raises:
-      UserError: it is of another seed, vocabulary, phase or shape.
+      UserError: it is of another seed, vocabulary, architecture, phase or shape.
     """
     step = checkpoints.latest
     stored = checkpoints.metadata(step)
@@ -137,6 +138,13 @@ def resume(
             raise UserError(
                 f"The checkpoint at step {step} was trained with another {name} (SHA-256 "
                 f"{stored['digests'][name][:12]}..., now {digest[:12]}...): use that one, or another "
+                "MODEL_DIR."
+            )
+    if stored.get("system") and facts.get("system"):
+        difference = other_architecture(stored["system"], facts["system"])
+        if difference:
+            raise UserError(
+                f"The checkpoint at step {step} is of another architecture: {difference}; set it back, or name another "
                 "MODEL_DIR."
             )
     index = phases_lib.locate(phases, stored["phase"])

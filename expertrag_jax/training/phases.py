@@ -29,8 +29,8 @@ def check(phases: Sequence[Phase], datasets: Mapping[str, Callable], params: Any
             raise UserError(
                 f"Phase '{phase.name}' has no data set; there are {', '.join(datasets) or 'none'}."
             )
-        if phase.steps < 0:
-            raise UserError(f"Phase '{phase.name}' has {phase.steps} steps; 0 or more are possible.")
+        if not isinstance(phase.steps, int) or phase.steps < 0:
+            raise UserError(f"Phase '{phase.name}' has {phase.steps!r} steps; give a whole number, 0 or more.")
         parameters.trainable_names(params, phase.trainable)
 
 

@@ -13,7 +13,7 @@ from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
 from tasks.questions import register_questions
 
-LENGTHS = {"inputs": 16, "targets": 8, "query": 16}
+LENGTHS = {"inputs": 24, "targets": 8, "query": 24}
 
 
 @pytest.fixture
