@@ -38,6 +38,7 @@ from expertrag_jax.systems.expert_rag import ExpertRAG
 from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.train import Stage, train
 from expertrag_jax.trained_model import open_model
+from expertrag_jax.training.log import expert_load, losses_by_phase
 from expertrag_jax.training.pretrained import save_parameters
 from expertrag_jax.vocabulary import Vocabulary, train_vocabulary
 from tasks.almanac import AlmanacConfig, World
@@ -50,6 +51,7 @@ MACROS = ("MODEL_DIR", "RANDOM_SEED", "NUM_PASSAGES", "NUM_EXPERTS", "RETRIEVAL_
 EXAMPLE = "expertrag demo --gin_file=runs/almanac.gin --gin.MODEL_DIR=runs/almanac"
 EDITIONS = ("1", "2")
 NUM_STAGES = 12
+MODEL_DIRS = ("retriever", "generator", "model")
 BUCKETS = (1, 8, 16, 32, 64)  # close enough together that what is left at a stream's end wastes little padding
 
 
@@ -177,7 +179,8 @@ def demo(
     export_and_answer(run, world, service)
     report = build_report(
         results, stages.wall_seconds, title="ExpertRAG on the almanac", seed=seed, stages=stages.seconds,
-        losses=read_losses(run), expert_load=read_expert_load(run), settings=settings(run, world),
+        losses={phase: found for path in MODEL_DIRS for phase, found in losses_by_phase(directory / path).items()},
+        expert_load=expert_load(directory / "generator"), settings=settings(run, world),
         notes=NOTES, checks=almanac_checks,
     )
     page = write_report(report, directory)
@@ -382,27 +385,6 @@ def export_and_answer(run: Demo, world: AlmanacConfig, service: Service) -> None
         found = [json.loads(line)["prediction"] for line in answers.read_text().splitlines()]
         right = np.mean([bool(exact_match(a, r["answers"])) for a, r in zip(found, records)])
         advance(note=f"{len(found)} questions, exact match {right:.3f}: {answers}")
-
-
-def read_log(run: Demo, folder: str) -> list[dict]:
-    """The records of a training run."""
-    path = run.directory / folder / "logs" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def read_losses(run: Demo) -> dict[str, list[tuple[int, float]]]:
-    """Per phase, the logged losses."""
-    folders = {"retriever": "retriever", "generator": "generator", "gate": "model"}
-    return {
-        phase: [(record["step"], record["loss"]) for record in read_log(run, folder) if "loss" in record]
-        for phase, folder in folders.items()
-    }
-
-
-def read_expert_load(run: Demo) -> dict[str, list[float]]:
-    """Per sparse layer, the share of tokens of each expert, mean over the last ten records."""
-    loads = [record["router/load"] for record in read_log(run, "generator") if "router/load" in record][-10:]
-    return {f"sparse layer {i + 1}": row for i, row in enumerate(np.mean(loads, axis=0).tolist())} if loads else {}
 
 
 def settings(run: Demo, world: AlmanacConfig) -> dict[str, Any]:

@@ -7,7 +7,6 @@ predictions.jsonl.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from expertrag_jax.retrieval.corpus import Question, read_questions_jsonl, texts
 from expertrag_jax.retrieval.metrics import gold_rows, recall_at_k
 from expertrag_jax.service import Service, service_from_model
 from expertrag_jax.trained_model import Model, open_model
-from expertrag_jax.training.model_dir import LOGS
+from expertrag_jax.training.log import expert_load, losses_by_phase
 
 FLAGS = {
     "--model_dir": ("model_dir", "folder of the trained model"),
@@ -108,7 +107,8 @@ def evaluate(
     )
     index = service.answerer.retriever.loaded.directory
     report = build_report(
-        {EDITION: edition}, time.monotonic() - start, seed=seed, losses=read_losses(model_dir),
+        {EDITION: edition}, time.monotonic() - start, seed=seed, losses=losses_by_phase(model_dir),
+        expert_load=expert_load(model_dir),
         settings={"model": str(model.source), "index": str(index), "rule": rule},
     )  # fmt: skip
     add_scores(report, arms, results, model, asked, rule)
@@ -223,17 +223,6 @@ def predictions(service, asked, arms, results) -> list[dict[str, Any]]:
         }
         for place, question in enumerate(asked)
     ]
-
-
-def read_losses(model_dir: str) -> dict[str, list[tuple[int, float]]]:
-    """Per phase, (step, loss) as training logged them; empty where the logs are gone."""
-    path = Path(model_dir) / LOGS / "metrics.jsonl"
-    losses: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        record = json.loads(line)
-        if "loss" in record:
-            losses.setdefault(record["phase"], []).append((record["step"], record["loss"]))
-    return losses
 
 
 def show(report: dict[str, Any], directory: Path) -> None:

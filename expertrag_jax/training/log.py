@@ -1,0 +1,32 @@
+"""Reading back what a run logged (see ``telemetry``)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expertrag_jax.training.model_dir import LOGS
+
+
+def read_records(model_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of a run in their order; none where nothing was logged."""
+    path = Path(model_dir) / LOGS / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def losses_by_phase(model_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Phase -> (step, loss) of each record."""
+    losses: dict[str, list[tuple[int, float]]] = {}
+    for record in read_records(model_dir):
+        if "loss" in record:
+            losses.setdefault(record["phase"], []).append((record["step"], record["loss"]))
+    return losses
+
+
+def expert_load(model_dir: str | Path, records: int = 10) -> dict[str, list[float]]:
+    """Per sparse layer, the share of tokens of each expert, mean over the last ``records``; empty for a dense model."""
+    loads = [record["router/load"] for record in read_records(model_dir) if "router/load" in record][-records:]
+    return {f"sparse layer {i + 1}": row for i, row in enumerate(np.mean(loads, axis=0).tolist())} if loads else {}
