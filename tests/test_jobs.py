@@ -3,7 +3,12 @@
 import dataclasses
 import gzip
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -14,6 +19,7 @@ from expertrag_jax.partitioning import PARAMETER_RULES
 from expertrag_jax.retrieval.corpus import write_passages_tsv
 from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.systems.retriever import DualEncoder
+from expertrag_jax.trained_model import open_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 CLOSED_BOOK = tuple(f"--gin_file={name}.gin" for name in ("runs/train", "models/t5_tiny", "systems/closed_book"))
@@ -232,6 +238,42 @@ def test_concatenated_passages_train_and_answer(files, tmp_path):
     assert run("infer", "--model_dir", model, *asked, "--output", tmp_path / "answers.jsonl") == 0
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert {len(record["passages"]) for record in records} == {2}
+
+
+def test_a_killed_run_ends_with_the_same_parameters(files, tmp_path):
+    """ExpertRAG with experts, question files through SeqIO, turns of two kinds of batches, two phases; kill -9.
+
+    All in processes of their own, so that all compile alike.
+    """
+    macros = {name: files / "questions.jsonl" for name in ("QUESTIONS", "GATE_QUESTIONS")}
+    macros |= {"VOCABULARY": files / "vocabulary.model", "INDEX_DIR": files / "bm25"}
+    arguments = [
+        "train", CLOSED_BOOK[0], "--gin_file=models/moe_tiny.gin", EXPERT_RAG[2], *SMALL,
+        *(f"--gin.{name}='{value}'" for name, value in macros.items()),
+        *("--gin.TRAIN_STEPS=200", "--gin.GATE_STEPS=4", "--gin.NUM_PASSAGES=2", "--gin.QUERY_ENCODER=None"),
+        *("--gin.NUM_EXPERTS=2", "--gin.config.TransformerConfig.expert_layer_period=1"),
+        *("--gin.DROPOUT_RATE=0.1", "--gin.CHECKPOINT_PERIOD=50", "--gin.train.train.log_period=1"),
+    ]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def start(model_dir):
+        command = [sys.executable, "-m", "expertrag_jax", *arguments, "--model_dir", model_dir]
+        environment = os.environ | {"XLA_FLAGS": ""}  # one device
+        return subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env=environment)
+
+    assert start(whole).wait() == 0
+    log, process = killed / "logs" / "metrics.jsonl", start(killed)
+    try:
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 120):
+            time.sleep(0.002)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    assert max(int(path.name) for path in (killed / "checkpoints").iterdir() if path.name.isdigit()) < 200
+
+    assert start(killed).wait() == 0
+    ours, theirs = (open_model(place).params for place in (killed, whole))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_training_says_what_is_wrong_with_its_input(closed_book, files, fails, tmp_path):

@@ -58,7 +58,7 @@ def imported(*folders: str) -> dict[str, str]:
 def test_every_import_is_required(requirements):
     used = imported("expertrag_jax", "tasks")
     assert {"jax", "bm25s", "rich", "absl-py"} <= set(used)
-    optional = requirements["hf"] | requirements["t5x"] | requirements["beam"]
+    optional = requirements["t5x"] | requirements["beam"]
     missing = set(used) - requirements["install"] - optional
     assert not missing, {name: used[name] for name in missing}
     used = imported("tests", "benchmarks")
