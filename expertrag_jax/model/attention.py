@@ -81,7 +81,7 @@ def softmax_mix(query: Array, keys: Array, values: Array, bias: Array) -> Array:
     """softmax(query keys^T + bias) values, divided by the sum of exponentials at the end and not before the product.
 
     The same function as in training, for inference: the CPU compiler fuses the textbook order into a kernel that takes
-    two to eight times as long (jax 0.10, 2 cores); with gradients the two orders cost the same.
+    up to eight times as long (jax 0.10, 2 cores); with gradients the textbook order is the faster one for short inputs.
 
     Args:
       query: [B, L, H, A]. keys, values: [B, M, H, A]. bias: broadcastable to [B, H, L, M].
