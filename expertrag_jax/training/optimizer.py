@@ -13,6 +13,22 @@ from expertrag_jax.errors import UserError
 Schedule = Callable[[jax.Array], jax.Array]
 
 
+class Scheduled(optax.GradientTransformation):
+    """A gradient transformation that knows its learning rate; its state is the plain transformation's.
+
+    Attributes:
+      learning_rate: of a step, as ``update`` applies it: ``(int32 []) -> float32 []``, counted from 0.
+    """
+
+    learning_rate: Schedule
+
+    def __new__(cls, transformation: optax.GradientTransformation, learning_rate: float | Schedule) -> Scheduled:
+        """``transformation`` with the rate, constant or of the step, that it was made with."""
+        made = super().__new__(cls, transformation.init, transformation.update)
+        made.learning_rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
+        return made
+
+
 def factors_schedule(
     factors: str = "constant * linear_warmup * rsqrt_decay",
     base_learning_rate: float = 1.0,
@@ -80,7 +96,7 @@ def adafactor(
     multiply_by_parameter_scale: bool = True,
     min_dim_size_to_factor: int = 128,
     weight_decay: float | None = None,
-) -> optax.GradientTransformation:
+) -> Scheduled:
     """Adafactor (arXiv:1804.04235) with T5's settings: no momentum, factored second moments.
 
     Args:
@@ -91,8 +107,9 @@ def adafactor(
       min_dim_size_to_factor: smaller matrices keep their full second moment.
       weight_decay: multiplies parameters by (1 - weight_decay) each step; None: none.
     """
-    return optax.adafactor(
-        learning_rate=factors_schedule() if learning_rate is None else learning_rate,
+    learning_rate = factors_schedule() if learning_rate is None else learning_rate
+    update = optax.adafactor(
+        learning_rate=learning_rate,
         decay_rate=decay_rate,
         clipping_threshold=clipping_threshold,
         multiply_by_parameter_scale=multiply_by_parameter_scale,
@@ -100,6 +117,7 @@ def adafactor(
         momentum=None,
         weight_decay_rate=weight_decay,
     )
+    return Scheduled(update, learning_rate)
 
 
 def adamw(
@@ -109,7 +127,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
-) -> optax.GradientTransformation:
+) -> Scheduled:
     """AdamW (arXiv:1711.05101); weight decay spares vectors (norm scales, biases).
 
     Args:
@@ -124,7 +142,9 @@ def adamw(
         weight_decay=weight_decay,
         mask=lambda p: jax.tree.map(_is_matrix, p),
     )
-    return update if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), update)
+    if clip_norm is not None:
+        update = optax.chain(optax.clip_by_global_norm(clip_norm), update)
+    return Scheduled(update, learning_rate)
 
 
 def _is_matrix(parameter: jax.Array) -> bool:

@@ -14,6 +14,7 @@ from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
 from expertrag_jax.systems.system import Loss, Metrics
 from expertrag_jax.training import parameters
+from expertrag_jax.training.optimizer import Scheduled
 from expertrag_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -46,8 +47,11 @@ def make_train_step(
       donate: give the old state's memory to the new one; the caller must not use the old one again.
     Returns:
       The step. Its metrics are the loss's, as (total, count), and ``objective``, ``finite``,
-      ``gradient_norm``, ``update_norm``, ``parameter_norm`` (global L2 norms over the trainable parameters).
+      ``gradient_norm``, ``update_norm``, ``parameter_norm`` (global L2 norms over the trainable parameters),
+      ``learning_rate`` where the optimizer knows it (`optimizer.Scheduled`).
     """
+
+    learning_rate = optimizer.learning_rate if isinstance(optimizer, Scheduled) else None
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         variables, frozen = parameters.split(state.params, trainable)
@@ -76,6 +80,7 @@ def make_train_step(
             "gradient_norm": (gradient_norm, one),
             "update_norm": (optax.global_norm(updates), one),
             "parameter_norm": (optax.global_norm(updated), one),
+            **({"learning_rate": (learning_rate(state.phase_step) * one, one)} if learning_rate else {}),
         }
 
     shardings = {}

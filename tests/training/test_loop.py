@@ -4,11 +4,12 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
-from expertrag_jax.training import loop, pretrained
+from expertrag_jax.training import loop, optimizer, pretrained
 from expertrag_jax.training.nonfinite import NonFiniteLoss
 
 
@@ -61,6 +62,18 @@ def test_the_logged_loss_is_the_mean_over_units_of_its_steps(run, toy, tmp_path)
     assert records(tmp_path)[0]["first"] == pytest.approx(
         total / sum(b["weight"].sum() for b in batches), rel=1e-5
     )
+
+
+def test_the_learning_rate_is_logged_from_each_phases_first_step_on(run, toy, tmp_path):
+    schedule = optimizer.factors_schedule("constant * linear_warmup", 0.8, warmup_steps=8)
+    phases = [
+        loop.Phase("body", 4, toy.loss, lambda: optimizer.adafactor(schedule)),
+        loop.Phase("plain", 2, toy.loss, optax.sgd(0.1)),
+    ]
+    run(phases=phases, datasets={phase.name: toy.data for phase in phases})
+    logged = [record.get("learning_rate") for record in records(tmp_path)]
+    expected = [0.1 * (a + b) / 2 for a, b in ((0, 1), (2, 3))]  # mean over two steps
+    assert logged == [*map(pytest.approx, expected), None]  # an optimizer of another library keeps it to itself
 
 
 def test_resuming_continues_from_the_position_in_the_data(run, toy, tmp_path):

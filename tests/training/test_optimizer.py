@@ -104,3 +104,18 @@ def test_the_default_learning_rate_is_t5s_pre_training():
     np.testing.assert_allclose(updates["w"], -2.0 * 1e-8 * np.ones((2, 2)), rtol=1e-4)  # warm-up starts at 0
     updates, _ = rule.update(p, state, p)
     np.testing.assert_allclose(updates["w"], -2.0 * (1 / 10000) / 100 * np.ones((2, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [optimizer.adafactor, optimizer.adamw])
+def test_an_optimizer_knows_the_rate_that_it_applies(make):
+    """Halving the rate halves the update, at each step of its own count; the state is the plain optimizer's."""
+    schedule = optimizer.factors_schedule("constant * linear_warmup", 0.4, warmup_steps=8)
+    varying, constant = make(schedule), make(0.1)
+    p, g = {"w": jnp.full((2, 2), 2.0)}, {"w": jnp.ones((2, 2))}
+    state, plain = varying.init(p), constant.init(p)
+    for step in range(4):
+        update, state = varying.update(g, state, p)
+        reference, plain = constant.update(g, plain, p)
+        ratio = varying.learning_rate(jnp.int32(step)) / constant.learning_rate(jnp.int32(step))
+        np.testing.assert_allclose(update["w"], ratio * reference["w"], rtol=1e-5, atol=1e-8)
+    assert float(constant.learning_rate(7)) == pytest.approx(0.1)
