@@ -29,6 +29,7 @@ from typing import Any
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.macros import MACROS
+from expertrag_jax.processes import HEARTBEAT_SECONDS
 
 _WORD = re.compile(r"""[^\[\](){}'"@%#\\=\s][^\[\](){}'"@%#\\]*""")
 _NOT_WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
@@ -41,6 +42,7 @@ def _comma_list(text: str) -> list[str]:
 
 _REPEATABLE = {"action": "append", "default": []}
 _COMMAS = {"type": _comma_list, "default": [], "metavar": "DIRS"}
+_HEARTBEAT = {"type": int, "metavar": "S", "default": HEARTBEAT_SECONDS}
 _SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 # group: (flag, help, argparse's keywords)
 _SHARED: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
@@ -55,9 +57,10 @@ _SHARED: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("--seqio_additional_cache_dirs", "more SeqIO caches, with commas", _COMMAS),
     ],
     "several processes": [
-        ("--coordinator_address", "process 0; 'auto' under Slurm, MPI, TPU", {"metavar": "HOST:PORT"}),
-        ("--process_count", "processes in all", {"type": int, "metavar": "N"}),
+        ("--coordinator_address", "process 0, where no launcher says it", {"metavar": "HOST:PORT"}),
+        ("--process_count", "processes in all; 1: look for no others", {"type": int, "metavar": "N"}),
         ("--process_index", "this process, from 0", {"type": int, "metavar": "I"}),
+        ("--heartbeat_seconds", "silence after which a process is dead (default %(default)s)", _HEARTBEAT),
     ],
     "how to run": [
         ("--dry_run", "print the configuration, start nothing", _SWITCH),

@@ -7,8 +7,9 @@ does ``python -m expertrag_jax.train ...``, for the module ends with::
     if __name__ == "__main__":
         launch.run("expertrag_jax.train")
 
-Its flags are described in `job_flags`. Exit codes: 0 done; 2 bad input (``error: <sentence>`` on standard
-error, a traceback only with ``--debug``); 130 interrupted; 1 a defect of the program, with its traceback.
+Its flags are described in `job_flags`, several processes in `processes`. Exit codes: 0 done; 2 bad input
+(``error: <sentence>`` on standard error, a traceback only with ``--debug``); 130 interrupted; 1 a defect of the
+program, with its traceback. Of several processes process 0 alone tells what all do; errors are told by each.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from typing import Any
 
 import gin
 
-from expertrag_jax import gin_errors, gin_files, job_flags
+from expertrag_jax import gin_errors, gin_files, job_flags, processes
 from expertrag_jax.errors import UserError
 
-USER_ERROR, INTERRUPTED = 2, 130
+DEFECT, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def run(job_name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -44,7 +45,7 @@ def run(job_name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     """
     code = execute(job_name, sys.argv[1:] if argv is None else argv, prog)
     if code:
-        raise SystemExit(code)
+        processes.leave(code)
 
 
 def execute(job_name: str, argv: Sequence[str], prog: str | None = None) -> int:
@@ -53,16 +54,16 @@ def execute(job_name: str, argv: Sequence[str], prog: str | None = None) -> int:
     try:
         return _execute(job_name, argv, prog or f"python -m {job_name.partition(':')[0]}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"{processes.prefix()}interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         sentence = explain(error)
-        if sentence is None:
+        if sentence is None and not processes.several():
             raise
-        if debug:
+        if sentence is None or debug:
             traceback.print_exc()
-        print(f"error: {sentence}", file=sys.stderr)
-        return USER_ERROR
+        print(f"{processes.prefix()}error: {sentence or type(error).__name__}", file=sys.stderr)
+        return DEFECT if sentence is None else USER_ERROR
 
 
 def explain(error: BaseException) -> str | None:
@@ -89,7 +90,7 @@ def _execute(job_name: str, argv: Sequence[str], prog: str) -> int:
         return int(stop.code or 0)
     log_to_stderr()
     if not options.dry_run:
-        start_processes(options)
+        start_processes(job, options)
     configure(job, function, options)
     if options.dry_run:
         print(gin_files.describe(function))
@@ -120,30 +121,20 @@ def configure(job: ModuleType, function: Callable[..., Any], options: argparse.N
     gin_files.check_required(function, job_flags.flags_by_keyword(job))
 
 
-def start_processes(options: argparse.Namespace) -> None:
-    """Joins the other processes of this job when the flags ask for it; must precede any use of a device.
+def start_processes(job: ModuleType, options: argparse.Namespace) -> None:
+    """Joins the other processes of this job; UserError: see ``processes.join``.
 
-    Raises:
-      UserError: only some of the three flags are given.
+    Only a job whose module says ``SEVERAL_PROCESSES = True`` looks for others without being told to.
     """
-    address, count, index = options.coordinator_address, options.process_count, options.process_index
-    if (address, count, index) == (None, None, None):
-        return
-    import jax
-
-    if address == "auto":
-        jax.distributed.initialize(num_processes=count, process_id=index)
-        return
-    if None in (address, count, index):
-        raise UserError(
-            "--coordinator_address, --process_count and --process_index belong together: give all three, or "
-            "--coordinator_address=auto under Slurm, Open MPI or on a TPU pod."
-        )
-    if not 0 <= index < count:
-        raise UserError(
-            f"--process_index={index} is not one of the {count} processes, which are 0 to {count - 1}."
-        )
-    jax.distributed.initialize(address, count, index)
+    processes.join(
+        options.coordinator_address,
+        options.process_count,
+        options.process_index,
+        options.heartbeat_seconds,
+        detect=getattr(job, "SEVERAL_PROCESSES", False),
+    )
+    if processes.several() and processes.index() > 0:  # process 0 tells what all do
+        logging.getLogger("expertrag_jax").setLevel(logging.WARNING)
 
 
 def set_data_folders(options: argparse.Namespace) -> None:

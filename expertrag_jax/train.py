@@ -5,10 +5,10 @@ A run with a checkpoint in MODEL_DIR goes on from the newest one; another run ne
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import loop
+from expertrag_jax.training.goodput import read_summary
+from expertrag_jax.training.interruption import Interrupted
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
 from expertrag_jax.training.state import TrainState
 from expertrag_jax.vocabulary import Vocabulary
 
+SEVERAL_PROCESSES = True
 FLAGS = {
     "--model_dir": ("MODEL_DIR", "folder of checkpoints, config.gin, vocabulary and logs"),
     "--initial_checkpoint": ("INITIAL_CHECKPOINT_PATH", "checkpoint to start from: a path, or a map"),
@@ -43,8 +46,6 @@ EXAMPLE = (
     "expertrag train --gin_file=runs/train.gin --gin_file=models/t5_tiny.gin --gin_file=systems/closed_book.gin "
     "--gin.VOCABULARY=vocabulary.model --gin.QUESTIONS=train.jsonl --gin.MODEL_DIR=runs/closed_book"
 )
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,28 +130,28 @@ def train(
     }
     phases = tuple(system.phases) if stages is None else tuple(stage.of(system.phases) for stage in stages)
     mesh = mesh or partitioning.make_mesh()
-    if jax.process_index() == 0:
+    first = jax.process_index() == 0
+    told = first and progress is None
+    if first:
         keep_configuration(directory, files)
-        if progress is None:
-            announce(directory, phases, mesh)
     run = partitioning.activation_rules(activation_rules)(loop.train)
-    state = run(
-        system, datasets, directory, mesh=mesh, rules=parameter_rules, phases=phases, seed=seed,
-        microbatches=microbatches, checkpoint_period=checkpoint_period, keep_checkpoints=keep_checkpoints,
-        log_period=log_period, initial_checkpoint=initial_checkpoint,
-        hooks=evaluation_hooks(system, phases, eval_datasets or {}, eval_period, eval_steps, mesh),
-        metadata={
-            "digests": {name: found.digest for name, (_, found) in files.items()},
-            "system": describe(system),
-            "task_feature_lengths": dict(task_feature_lengths),
-            "num_passages": num_passages,
-            "index_dir": None if index_dir is None else str(Path(index_dir).absolute()),
-        },
-        progress=(progress or show) if jax.process_index() == 0 else None,
-    )  # fmt: skip
-    if jax.process_index() == 0 and progress is None:
-        step = int(state.step)
-        print(f"trained {step} steps: {directory / CHECKPOINTS / str(step)}", flush=True)
+    with announced(directory, phases, mesh) if told else contextlib.nullcontext():
+        state = run(
+            system, datasets, directory, mesh=mesh, rules=parameter_rules, phases=phases, seed=seed,
+            microbatches=microbatches, checkpoint_period=checkpoint_period, keep_checkpoints=keep_checkpoints,
+            log_period=log_period, initial_checkpoint=initial_checkpoint,
+            hooks=evaluation_hooks(system, phases, eval_datasets or {}, eval_period, eval_steps, mesh),
+            metadata={
+                "digests": {name: found.digest for name, (_, found) in files.items()},
+                "system": describe(system),
+                "task_feature_lengths": dict(task_feature_lengths),
+                "num_passages": num_passages,
+                "index_dir": None if index_dir is None else str(Path(index_dir).absolute()),
+            },
+            progress=(progress or show) if first else None,
+        )  # fmt: skip
+    if told:
+        print(f"trained {int(state.step)} steps: {directory / CHECKPOINTS / str(int(state.step))}", flush=True)
     return state
 
 
@@ -190,12 +191,20 @@ def keep_configuration(directory: Path, files: Mapping[str, tuple[str, Vocabular
         (directory / name).write_text(text)
 
 
-def announce(directory: Path, phases: Sequence[Phase], mesh: Mesh) -> None:
-    """Says what will run and where its files are."""
+@contextlib.contextmanager
+def announced(directory: Path, phases: Sequence[Phase], mesh: Mesh) -> Iterator[None]:
+    """Says what will run and where its files are; when it has ended or was interrupted, where the time went."""
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     plan = ", then ".join(f"{phase.name} ({phase.steps} steps)" for phase in phases)
     print(f"training {plan} on {axes}", flush=True)
     print(f"checkpoints {directory / CHECKPOINTS}; logs {directory / LOGS}", flush=True)
+    try:
+        yield
+    except Interrupted as stop:
+        print(f"interrupted, saved at step {stop.step}: start again to go on")
+        print(read_summary(directory / LOGS), flush=True)
+        raise
+    print(read_summary(directory / LOGS), flush=True)
 
 
 def show(record: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "expertrag_jax"
 
 # Above these names the edge begins: what they import is theirs. Everything else in expertrag_jax is the core.
 ENTRY_POINTS = (
-    "main __main__ launch job_flags gin_files gin_errors macros "
+    "main __main__ launch job_flags processes gin_files gin_errors macros "
     "train evaluate infer index answer calibrate export plan demo"
 ).split()
 OUTSIDE_THE_CORE = ("data", "interop", "retrieval.scann_index", *ENTRY_POINTS)
