@@ -77,11 +77,15 @@ class Schedule:
     """What the generator reads and remembers, in which order.
 
     Attributes:
-      lessons: open book only, one after the other; the last one is never over: to the end, its batches take turns
-        with closed-book ones. closed_book_batch: questions in these. closed_book_share: how many to one of the lesson.
+      lessons: open book only, one after the other, each with its steps.
+      practice: lessons that are never over: to the end, their batches take turns with one another and with
+        closed-book ones.
+      closed_book_batch: questions in these. closed_book_share: how many of them to a batch of each
+        practised lesson.
     """
 
     lessons: Sequence[Lesson]
+    practice: Sequence[Lesson]
     closed_book_batch: int
     closed_book_share: int
 
@@ -199,9 +203,9 @@ NOTES = (
 def check_world(directory: Path, world: AlmanacConfig, seed: int) -> None:
     """Notes which world the directory is of; UserError where it is of another one, before anything is written."""
     path, this = directory / "world.json", {"world": world.digest, "seed": seed}
-    if not path.exists():
+    if not path.exists() and not (directory / "world").exists():
         path.write_text(json.dumps(this) + "\n")
-    elif json.loads(path.read_text()) != this:
+    elif not path.exists() or json.loads(path.read_text()) != this:
         raise UserError(
             f"{directory} holds a run on another world or with another seed: name another MODEL_DIR; nothing was "
             "changed."
@@ -256,13 +260,14 @@ def train_generator(run: Demo, tasks: dict[str, Any]) -> None:
         lengths = run.lengths | ({"passages": length} if length else {})
         return Pipeline(tasks[task], lengths, batch_size, seed=run.seed)
 
-    lessons = [
-        Weighted(pipeline(f"open_book_{lesson.name}", lesson.batch_size, lesson.length), lesson.weight)
-        for lesson in schedule.lessons
-    ]
+    def reading(lesson):
+        return Weighted(pipeline(f"open_book_{lesson.name}", lesson.batch_size, lesson.length), lesson.weight)
+
     closed_book = pipeline("closed_book", schedule.closed_book_batch)
-    turns = interleave([(closed_book, schedule.closed_book_share), (lessons[-1], 1)])
-    data = Curriculum([*lessons[:-1], turns], [*(lesson.steps for lesson in schedule.lessons[:-1]), None])
+    practice = [(reading(lesson), 1) for lesson in schedule.practice]
+    turns = interleave([(closed_book, schedule.closed_book_share), *practice])
+    lessons = [(reading(lesson), lesson.steps) for lesson in schedule.lessons]
+    data = Curriculum(*zip(*lessons, (turns, None)))
     run_training(
         run, "train the generator", "generator", run.system, {"generator": data}, [Stage("generator", "generator")],
         initial={"query_encoder": str(run.directory / "retriever")},
