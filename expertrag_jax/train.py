@@ -27,6 +27,7 @@ from expertrag_jax.training import loop
 from expertrag_jax.training.goodput import read_summary
 from expertrag_jax.training.interruption import Interrupted
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
+from expertrag_jax.training.retention import Retention
 from expertrag_jax.training.state import TrainState
 from expertrag_jax.vocabulary import Vocabulary
 
@@ -90,7 +91,8 @@ def train(
     seed: int = 0,
     microbatches: int = 1,
     checkpoint_period: int = 1000,
-    keep_checkpoints: int = 3,
+    keep_checkpoints: int | Retention = 3,
+    asynchronous_checkpoints: bool = True,
     log_period: int = 50,
     initial_checkpoint: str | Mapping[str, str] | None = None,
     eval_datasets: Mapping[str, loop.Dataset] | None = None,
@@ -111,8 +113,8 @@ def train(
       stages: what to run in place of the system's phases.
       mesh: see ``partitioning.make_mesh``; None: all devices share the batch.
       parameter_rules, activation_rules: logical axes -> mesh axes, (name, axis or axes or None) each.
-      seed, microbatches, checkpoint_period, keep_checkpoints, log_period, initial_checkpoint: see
-        ``loop.train``.
+      seed, microbatches, checkpoint_period, keep_checkpoints, asynchronous_checkpoints, log_period,
+        initial_checkpoint: see ``loop.train``.
       eval_datasets: by phase or stage, finite or not; the loss of its first ``eval_steps`` batches is logged
         every ``eval_period`` steps.
       num_passages, index_dir: what the generator was trained to read, noted for answering.
@@ -139,6 +141,7 @@ def train(
         state = run(
             system, datasets, directory, mesh=mesh, rules=parameter_rules, phases=phases, seed=seed,
             microbatches=microbatches, checkpoint_period=checkpoint_period, keep_checkpoints=keep_checkpoints,
+            asynchronous_checkpoints=asynchronous_checkpoints,
             log_period=log_period, initial_checkpoint=initial_checkpoint,
             hooks=evaluation_hooks(system, phases, eval_datasets or {}, eval_period, eval_steps, mesh),
             metadata={

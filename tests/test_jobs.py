@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -174,7 +175,9 @@ def test_training_leaves_a_model_directory_and_goes_on_from_it(closed_book, caps
     assert {path.name for path in place.iterdir()} == {"checkpoints", "config.gin", "logs", "vocabulary"}
     before = (place / "config.gin").read_text()
     assert run(*arguments, "--gin.TRAIN_STEPS=3") == 0
-    assert "trained 3 steps" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "trained 3 steps" in told
+    assert re.search(r"wall time [\d.]+ s, [\d.]+% of it in steps; lost: startup .*; over all 2 starts: wall", told)
     assert sorted(path.name for path in (place / "checkpoints").iterdir()) == ["2", "3"]
     assert (place / "config.gin").read_text() == before
     assert "TRAIN_STEPS = 3" in (place / "config-1.gin").read_text()

@@ -20,6 +20,7 @@ from expertrag_jax.training.interruption import Interrupted, Interruption
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
 from expertrag_jax.training.nonfinite import Watch
 from expertrag_jax.training.pretrained import start_from
+from expertrag_jax.training.retention import Retention
 from expertrag_jax.training.state import Layout, TrainState
 from expertrag_jax.training.step import make_train_step
 from expertrag_jax.training.telemetry import Progress, Telemetry
@@ -55,7 +56,7 @@ def train(
     seed: int = 0,
     microbatches: int = 1,
     checkpoint_period: int = 1000,
-    keep_checkpoints: int = 3,
+    keep_checkpoints: int | Retention = 3,
     asynchronous_checkpoints: bool = True,
     log_period: int = 100,
     hooks: Sequence[Hook] = (),
@@ -79,7 +80,9 @@ def train(
       microbatches: see ``step.make_train_step``.
       checkpoint_period, log_period: in steps of the run. A checkpoint is also written after each phase and on
         SIGTERM. A log line averages the steps since the last one or since the restart, so a resumed run logs
-        the same lines if the second divides the first. keep_checkpoints: the newest so many stay.
+        the same lines if the second divides the first.
+      keep_checkpoints: the newest so many, or see ``retention.Retention``.
+      asynchronous_checkpoints: written while training goes on; see ``checkpoint.Checkpoints``.
       initial_checkpoint: for a run that starts: see ``pretrained.start_from``.
       metadata: JSON for the checkpoint; what stands in ``metadata["digests"]`` (vocabularies) must be the
         same when the run is resumed.
@@ -101,7 +104,7 @@ def train(
             phases_lib.check(phases, datasets, layout.shapes)
             facts = {"seed": seed, "digests": {}, **(metadata or {})}
             if checkpoints.latest is not None:
-                state = resume(checkpoints, phases, layout, facts)
+                state = checkpoints.newest_whole(lambda step: resume(checkpoints, step, phases, layout, facts))
             else:
                 params = layout.initial_params(system, seed)
                 params = start_from(initial_checkpoint, params) if initial_checkpoint else params
@@ -113,20 +116,22 @@ def train(
         )  # fmt: skip
         for index in range(int(state.phase), len(phases)):
             if int(state.phase) != index:
-                state = phases_lib.enter(state.params, int(state.step), index, phases[index], layout)
+                with telemetry.lost("startup"):
+                    state = phases_lib.enter(state.params, int(state.step), index, phases[index], layout)
             state = run.phase(state, index)
+        run.wait()
         return state
 
 
 def resume(
-    checkpoints: Checkpoints, phases: Sequence[Phase], layout: Layout, facts: Mapping[str, Any]
+    checkpoints: Checkpoints, step: int, phases: Sequence[Phase], layout: Layout, facts: Mapping[str, Any]
 ) -> TrainState:
-    """The newest checkpoint's state on this run's mesh.
+    """A checkpoint's state on this run's mesh.
 
     Raises:
       UserError: it is of another seed, vocabulary, architecture, phase or shape.
+      Damaged: it is not what was saved.
     """
-    step = checkpoints.latest
     stored = checkpoints.metadata(step)
     if stored["seed"] != facts["seed"]:
         raise UserError(
@@ -175,7 +180,8 @@ class Run:
         """The remaining steps of a phase; the device is one step ahead of everything that is looked at."""
         phase, step, first = self.phases[index], int(state.step), int(state.phase_step)
         train_step = self.compiled_step(phase)
-        batches = self.datasets[phase.name](first) if first < phase.steps else iter(())
+        with self.telemetry.lost("data"):
+            batches = self.datasets[phase.name](first) if first < phase.steps else iter(())
         for phase_step in range(first + 1, phase.steps + 1):
             batch = self.next_batch(batches, phase, state.params, phase_step)
             state, metrics = train_step(state, batch)
@@ -190,7 +196,7 @@ class Run:
             if step % self.checkpoint_period == 0 or last or stop:
                 self.save(state, step, phase, phase_step)
             if stop:
-                self.checkpoints.wait()
+                self.wait()
                 raise Interrupted(step)
         return state
 
@@ -216,13 +222,14 @@ class Run:
 
     def next_batch(self, batches: Iterator[Any], phase: Phase, params: Any, phase_step: int) -> Any:
         """The next batch, prepared on the host; UserError where the data ends before the phase does."""
-        batch = next(batches, None)
-        if batch is None:
-            raise UserError(
-                f"The data of phase '{phase.name}' ended before step {phase_step} of {phase.steps}: repeat "
-                "it, or train fewer steps."
-            )
-        return batch if phase.prepare is None else phase.prepare(params, batch)
+        with self.telemetry.lost("data", unless=self.watch.busy):
+            batch = next(batches, None)
+            if batch is None:
+                raise UserError(
+                    f"The data of phase '{phase.name}' ended before step {phase_step} of {phase.steps}: repeat "
+                    "it, or train fewer steps."
+                )
+            return batch if phase.prepare is None else phase.prepare(params, batch)
 
     def run_hooks(self, state: TrainState, step: int, phase: Phase, last: bool) -> None:
         """Measures what is due, and logs it."""
@@ -239,4 +246,9 @@ class Run:
         self.watch.settle()
         with self.telemetry.lost("checkpoint"):
             place = {"phase": phase.name, "phase_step": phase_step, "mesh": dict(self.layout.mesh.shape)}
-            self.checkpoints.save(step, state, {**self.facts, **place})
+            self.checkpoints.save(step, state, {**self.facts, **place}, self.telemetry.logged(step))
+
+    def wait(self) -> None:
+        """Returns when the checkpoints are on disk."""
+        with self.telemetry.lost("checkpoint"):
+            self.checkpoints.wait()

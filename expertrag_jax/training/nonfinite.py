@@ -47,6 +47,10 @@ class Watch:
         while len(self._unchecked) > 1:
             self._check()
 
+    def busy(self) -> bool:
+        """Whether the device still works on the last step that was added."""
+        return bool(self._unchecked) and not self._unchecked[-1][1]["finite"][0].is_ready()
+
     def settle(self) -> None:
         """Waits for the last step and checks it; before anything is saved. Raises NonFiniteLoss."""
         while self._unchecked:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import tensorboardX
 from absl import logging
 
 from expertrag_jax.partitioning import path_name
+from expertrag_jax.training.goodput import Goodput, repeated_seconds
 
 Progress = Callable[[Mapping[str, Any]], None]
 
@@ -27,10 +26,13 @@ class Telemetry:
     "examples_per_second", "tokens_per_second", "goodput", "wall_seconds"}``:
 
     * seconds per step leave out compilation, checkpoints and evaluation; the rates follow from them,
-    * tokens are the non-zero entries of batch fields called ``*tokens`` (``decoder_input_tokens``, the
-    shifted
+    * tokens are the non-zero entries of batch fields called ``*tokens`` (``decoder_input_tokens``, the shifted
       copy of the targets, is left out), over all processes,
-    * goodput is the share of wall seconds since the start that went into steps.
+    * goodput is the share of wall seconds since this start that went into steps; ``logs/goodput.json`` tells what
+      the rest was lost to, over this start and over all on this MODEL_DIR (see ``goodput.Spent``).
+
+    Attributes:
+      goodput: the clock of this start.
     """
 
     def __init__(self, directory: str | Path, progress: Progress | None = None):
@@ -43,9 +45,9 @@ class Telemetry:
         self._directory = Path(directory)
         self._progress = progress
         self._file = self._board = None
-        self._start = self._window = time.monotonic()
-        self._lost = collections.Counter()  # seconds by cause, since the start
-        self._window_lost = 0.0
+        self._latest: dict[str, Any] = {}
+        self.goodput = Goodput()
+        self._window, self._window_stopped = self.goodput.clock(), 0.0
         self._steps = self._examples = self._tokens = 0
 
     def resume(self, step: int) -> None:
@@ -53,34 +55,32 @@ class Telemetry:
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
             path = self._directory / "metrics.jsonl"
-            kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= step]
-            path.write_text("".join(kept))
+            found = [json.loads(line) for line in _complete_lines(path)]
+            self.goodput.resume(self._directory, repeated_seconds(found, step))
+            path.write_text("".join(json.dumps(record) + "\n" for record in found if record["step"] <= step))
             self._file = path.open("a")
             self._board = tensorboardX.SummaryWriter(
                 str(self._directory), purge_step=step + 1 if step else None
             )
-        self._window = time.monotonic()
-        self._window_lost = sum(self._lost.values())
+        self._window, self._window_stopped = self.goodput.clock(), self.goodput.stopped_seconds
 
     def __enter__(self) -> Telemetry:
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._file is not None:
+            self.goodput.save(self._directory)
+            logging.info("%s", self.goodput.summary())
             self._file.close()
             self._board.close()
 
-    @contextlib.contextmanager
-    def lost(self, cause: str) -> Iterator[None]:
-        """Counts the seconds inside as lost: ``startup``, ``compile``, ``checkpoint``, ``evaluation``."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self._lost[cause] += time.monotonic() - start
+    def lost(self, cause: str, unless: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
+        """See ``goodput.Goodput.lost``; the causes are ``goodput.Spent``'s."""
+        return self.goodput.lost(cause, unless)
 
     def count(self, batch: Any) -> None:
         """Counts one step on this process's rows."""
+        self.goodput.step()
         self._steps += 1
         self._examples += jax.process_count() * jax.tree.leaves(batch)[0].shape[0]
         self._tokens += jax.process_count() * token_count(batch)
@@ -93,24 +93,33 @@ class Telemetry:
         Args:
           metrics: of each of these steps, name -> (total, count) on the host.
         """
-        now = time.monotonic()
-        lost = sum(self._lost.values())
-        seconds = max(1e-9, now - self._window - (lost - self._window_lost))
+        now, stopped = self.goodput.clock(), self.goodput.stopped_seconds
+        spent = self.goodput.spent
+        seconds = max(1e-9, now - self._window - (stopped - self._window_stopped))
         record = {"step": step, "phase": phase, "phase_step": phase_step} | mean_metrics(metrics)
         record |= {
             "seconds_per_step": seconds / max(1, self._steps),
             "examples_per_second": self._examples / seconds,
             "tokens_per_second": self._tokens / seconds,
-            "goodput": max(0.0, 1 - lost / max(1e-9, now - self._start)),
-            "wall_seconds": now - self._start,
+            "goodput": spent.share,
+            "wall_seconds": spent.wall_seconds,
         }
-        self._window, self._window_lost = now, lost
+        self._window, self._window_stopped = now, stopped
         self._steps = self._examples = self._tokens = 0
         self.write(record)
+        if self._file is not None:
+            self.goodput.save(self._directory)
         return record
+
+    def logged(self, step: int) -> Mapping[str, Any]:
+        """What was written at this step, the same in every process but for the timings; empty where nothing was."""
+        return self._latest if self._latest.get("step") == step else {}
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes a record that has ``step`` and any numbers, lists of numbers and strings."""
+        if record["step"] != self._latest.get("step"):
+            self._latest = {}
+        self._latest |= record
         if self._file is None:
             return
         self._file.write(json.dumps(record) + "\n")

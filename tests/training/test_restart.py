@@ -53,6 +53,9 @@ def test_sigterm_saves_at_the_current_step_exits_0_and_resumes_on_another_mesh(
     assert stopped.returncode == 0, stopped.stderr
     assert steps(tmp_path / "m")[-1] == 137  # the step on the batch at which the signal came
     assert not (tmp_path / "m" / "logs" / "final.npz").exists()
+    spent = json.loads((tmp_path / "m" / "logs" / "goodput.json").read_text())["total"]
+    assert set(spent["lost_seconds"]) == {"startup", "data", "compile", "checkpoint"}
+    assert sum(spent["lost_seconds"].values()) < spent["wall_seconds"]
     mesh = json.dumps({"data": 1, "fsdp": 2, "tensor": 4})
     resumed = run_python(TOY, tmp_path / "m", "--mesh", mesh, devices=8)
     assert resumed.returncode == 0, resumed.stderr

@@ -4,9 +4,12 @@ import json
 import types
 
 import numpy as np
+import pytest
 
+from expertrag_jax import partitioning, train
 from expertrag_jax.batch import Batch
-from expertrag_jax.training import telemetry
+from expertrag_jax.training import goodput, telemetry
+from expertrag_jax.training.interruption import Interrupted
 
 
 def test_means_weigh_steps_by_their_counts_and_leave_out_what_has_none():
@@ -43,16 +46,64 @@ def test_records_beyond_the_resumed_step_and_a_torn_line_are_dropped(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(10, 0.1), (20, 0.05), (30, 7.0)]
 
 
-def test_rates_leave_out_lost_seconds(tmp_path, monkeypatch):
-    clock = iter([0.0, 0.0, 1.0, 9.0, 12.0])  # start, resume, compile from 1 to 9, log at 12
-    monkeypatch.setattr(telemetry, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until ``clock.now`` is set."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(goodput, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_rates_leave_out_stops_and_goodput_what_was_lost_to_data_too(tmp_path, clock):
     with telemetry.Telemetry(tmp_path) as told:
         told.resume(0)
-        with told.lost("compile"):
-            pass
+        for cause, until, busy in (("compile", 8.0, False), ("data", 9.0, False), ("data", 10.0, True)):
+            with told.lost(cause, unless=lambda busy=busy: busy):
+                clock.now = until
         for _ in range(2):
             told.count({"tokens": np.array([[1, 1, 0]] * 8)})
+        clock.now = 12.0
         record = told.log(2, "p", 2, [{"loss": (1.0, 1.0)}] * 2)
     assert record["seconds_per_step"] == 2.0  # (12 - 8) / 2
     assert record["examples_per_second"] == 4.0 and record["tokens_per_second"] == 8.0
-    assert record["goodput"] == 1 - 8 / 12
+    assert record["goodput"] == 1 - 9 / 12
+    expected = "wall time 12.0 s, 25.0% of it in steps; lost: compile 8.0 s, data 1.0 s"
+    assert told.goodput.summary() == expected
+
+
+def test_goodput_counts_every_start_and_the_steps_taken_twice(tmp_path, clock):
+    def start(first, steps, seconds_each):
+        with telemetry.Telemetry(tmp_path) as told:
+            with told.lost("startup"):
+                clock.now += 1.0
+            told.resume(first)
+            for step in range(first + 1, first + steps + 1):
+                told.count({"tokens": np.ones((1, 1))})
+                clock.now += seconds_each
+                if step % 4 == 0:
+                    told.log(step, "p", step, [])
+            return told.goodput
+
+    start(0, 8, 0.5)  # a checkpoint is written at step 6
+    clock.now += 100.0  # between the runs nobody waits
+    told = start(6, 2, 0.25)
+    assert told.summary() == goodput.read_summary(tmp_path) == (
+        "wall time 1.5 s, 33.3% of it in steps; lost: startup 1.0 s; over all 2 starts: wall time 6.5 s, 53.8% of it "
+        "in steps; lost: startup 2.0 s, repeated 1.0 s"
+    )
+    written = json.loads((tmp_path / "goodput.json").read_text())
+    assert written["this_start"]["wall_seconds"] == 1.5
+    assert written["total"] == {"wall_seconds": 6.5, "lost_seconds": {"startup": 2.0, "repeated": 1.0}, "starts": 2}
+
+
+def test_an_interrupted_job_tells_where_its_time_went(tmp_path, clock, capsys):
+    mesh = partitioning.make_mesh()
+    with pytest.raises(Interrupted), train.announced(tmp_path, [], mesh):
+        with telemetry.Telemetry(tmp_path / "logs") as told, told.lost("checkpoint"):
+            told.resume(0)
+            clock.now = 3.0
+            raise Interrupted(7)
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "interrupted, saved at step 7: start again to go on",
+        "wall time 3.0 s, 0.0% of it in steps; lost: checkpoint 3.0 s",
+    ]
