@@ -2,14 +2,20 @@
 seeds.
 
 A checkpoint appears whole or not at all (it is written beside and renamed), and can be restored onto any
-mesh. The optimizer state is stored by path, so that reading a checkpoint needs no optimizer library.
+mesh. Beside the arrays stand their shapes and fingerprints, so that what a disk gave back changed, cut or not at
+all is known as such; the run then goes on from the checkpoint before it. The optimizer state is stored by path, so
+that reading a checkpoint needs no optimizer library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import traverse_util
@@ -17,82 +23,189 @@ from orbax.checkpoint import v1 as ocp
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.partitioning import path_name
-from expertrag_jax.training import parameters
+from expertrag_jax.training import disk, parameters
+from expertrag_jax.training.agreement import any_problem
+from expertrag_jax.training.fingerprints import fingerprints, first_difference
+from expertrag_jax.training.retention import Retention
 from expertrag_jax.training.state import TrainState
 
-FORMAT = 1
+FORMAT = 2  # 1 had no fingerprints
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written; says what is wrong, in every process."""
 
 
 class Checkpoints:
-    """The checkpoints of one model directory; a context manager that waits for the last write at its end."""
+    """The checkpoints of one model directory; a context manager that waits for the last write at its end.
 
-    def __init__(self, directory: str | Path, keep: int = 3, asynchronous: bool = True):
+    Of several processes all call the same methods in the same order, and get the same answers.
+    """
+
+    def __init__(self, directory: str | Path, keep: int | Retention = 3, asynchronous: bool = True):
         """Opens ``MODEL_DIR/checkpoints`` and removes what a killed run left half written.
 
         Args:
           directory: is made if it does not exist.
-          keep: the newest so many stay; 0: all.
-          asynchronous: the state is copied to host memory at once, and written while training goes on.
+          keep: which ones stay; a number: the newest so many, 0: all.
+          asynchronous: the state is copied to host memory at once, and written while training goes on. What goes
+            wrong then is raised by the next ``save`` or ``wait``, or at the end.
         """
-        policies = ocp.training.preservation_policies
+        self._keep = keep if isinstance(keep, Retention) else Retention(keep)
         self._asynchronous = asynchronous
         self._checkpointer = ocp.training.Checkpointer(
-            Path(directory).absolute(),
-            preservation_policy=policies.LatestN(keep) if keep else None,
-            cleanup_tmp_directories=True,
+            Path(directory).absolute(), preservation_policy=self._keep.policy(), cleanup_tmp_directories=True
         )
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            with self._explained():
+                self._checkpointer.close()
+        except Exception as error:
+            if kind is None:
+                raise
+            _LOG.error("%s", error)  # beside the error that ended the run, which is the one to be seen
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest checkpoint, or None."""
+        """Step of the newest checkpoint, or None; it may be damaged: see ``newest_whole``."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: TrainState, metadata: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
+    ) -> None:
         """Writes a checkpoint; a step that is already there is left alone.
 
         Args:
           metadata: JSON: ``phase``, ``phase_step``, seeds, digests, whatever else a restart wants to know.
+          metrics: what was logged at this step, for a retention by metric.
+
+        Raises:
+          UserError: the disk is full, now or while the last checkpoint was written; earlier ones are whole.
         """
         if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
             return
+        tree = _to_tree(state)
+        described = {"format": FORMAT, "step": step, **metadata, "arrays": _describe(tree)}
+        measured = self._keep.measured(step, metadata.get("phase", ""), metrics or {})
         save = self._checkpointer.save_async if self._asynchronous else self._checkpointer.save
-        save(step, _to_tree(state), custom_metadata={"format": FORMAT, "step": step, **metadata}, force=True)
+        described["checksum"] = _checksum(described)
+        with self._explained():
+            save(step, tree, custom_metadata=described, metrics=measured, force=True)
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk."""
-        self._checkpointer.wait()
+        """Returns when what was saved is on disk; UserError: see ``save``."""
+        with self._explained():
+            self._checkpointer.wait()
+
+    def newest_whole(self, read: Callable[[int], _T]) -> _T:
+        """``read(step)`` of the newest checkpoint for which it does not raise ``Damaged``.
+
+        Damaged ones are renamed ``<step>.damaged`` once an older one has been read, and a warning tells why, so
+        that the run can save their steps again.
+
+        Raises:
+          UserError: all are damaged; nothing was changed.
+        """
+        damaged: dict[int, Damaged] = {}
+        for step in sorted((checkpoint.step for checkpoint in self._checkpointer.checkpoints), reverse=True):
+            try:
+                found = read(step)
+            except Damaged as error:
+                damaged[step] = error
+                continue
+            if damaged:
+                self._set_aside(damaged, step)
+            return found
+        told = "; ".join(f"{step}: {error}" for step, error in damaged.items())
+        raise UserError(
+            f"No checkpoint in {self._checkpointer.directory} can be read ({told}): move them away to start anew, or "
+            "name another MODEL_DIR; nothing was changed."
+        )
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """The JSON that ``save`` was given."""
-        return dict(self._checkpointer.metadata(step).custom_metadata or {})
+        """The JSON that ``save`` was given; Damaged where it is not what was written."""
+
+        def read() -> dict[str, Any]:
+            stored = dict(self._checkpointer.metadata(step).custom_metadata or {})
+            if "format" not in stored:
+                raise Damaged("its metadata is missing or cut")
+            checksum = stored.pop("checksum", None)
+            if stored["format"] > 1 and checksum != _checksum(stored):
+                raise Damaged("its metadata was changed")
+            return stored
+
+        return _together(read)
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """The state of a step, on the mesh that ``abstract_state``'s shardings name.
 
         Raises:
           UserError: the checkpoint's arrays differ from the model's; it names the first ones and both shapes.
+          Damaged: a file is missing, cut or unreadable, or an array is not what was saved.
         """
         wanted = _to_tree(abstract_state)
-        check_same(
-            self._checkpointer.metadata(step).metadata, wanted, f"{self._checkpointer.directory}/{step}"
-        )
-        return _from_tree(self._checkpointer.load(step, wanted), abstract_state)
+        arrays, path = self.metadata(step).get("arrays"), f"{self._checkpointer.directory}/{step}"
+        stored = _together(lambda: _shapes(self._checkpointer.metadata(step).metadata)) if arrays is None else None
+        check_shapes(stored or {name: tuple(told["shape"]) for name, told in arrays.items()}, _shapes(wanted), path)
+        tree = _together(lambda: _load_alone(path, wanted))
+        if arrays is not None:
+            name = first_difference({name: told["fingerprint"] for name, told in arrays.items()}, _fingerprints(tree))
+            if name is not None:
+                raise Damaged(f"{name} is not what was saved")
+        return _from_tree(tree, abstract_state)
+
+    def _set_aside(self, damaged: Mapping[int, Damaged], whole: int) -> None:
+        """Renames damaged checkpoints and tells so; process 0 does it for all."""
+        directory = Path(self._checkpointer.directory)
+        for step, error in damaged.items() if jax.process_index() == 0 else ():
+            name, number = f"{step}.damaged", 1
+            while (directory / name).exists():
+                number += 1
+                name = f"{step}.damaged-{number}"
+            (directory / str(step)).rename(directory / name)
+            _LOG.warning(
+                "the checkpoint at step %d is damaged (%s): going on from step %d; it is now %s, delete it when "
+                "nobody wants to look at it", step, error, whole, directory / name,
+            )  # fmt: skip
+        any_problem(None)  # nobody looks before all are renamed
+        self._checkpointer.reload()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns the many errors of a full disk into one sentence."""
+        try:
+            yield
+        except Exception as error:
+            if not disk.is_full(error):
+                raise
+            directory = Path(self._checkpointer.directory)
+            steps = [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]
+            resumed = f"goes on from step {max(steps)}" if steps else "starts from the beginning"
+            raise UserError(
+                f"The disk is full: a checkpoint could not be written to {directory}; earlier ones are whole. Make "
+                f"room and run the same command again, which {resumed}."
+            ) from error
 
 
 def check_same(stored: Any, wanted: Any, where: str) -> None:
-    """Compares names and shapes of two trees.
+    """Compares names and shapes of two trees; UserError: see ``check_shapes``."""
+    check_shapes(_shapes(stored), _shapes(wanted), where)
+
+
+def check_shapes(stored: Mapping[str, tuple], wanted: Mapping[str, tuple], where: str) -> None:
+    """Compares ``{name: shape}`` of two trees.
 
     Raises:
       UserError: names up to three that differ, with both shapes.
     """
-    stored, wanted = _shapes(stored), _shapes(wanted)
     names = [n for n in dict.fromkeys([*wanted, *stored]) if stored.get(n) != wanted.get(n)]
     names.sort(key=lambda name: name.startswith("optimizer_state/"))  # parameters say more
     if not names:
@@ -113,6 +226,46 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """{"a/b/c": shape}; parameters go by their own names."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {path_name(path).removeprefix("params/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _together(read: Callable[[], _T]) -> _T:
+    """``read()``; Damaged in every process where it failed in one, whatever the error was."""
+    result, problem = None, None
+    try:
+        result = read()
+    except (UserError, PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        problem = " ".join(str(error).split())[:300] or type(error).__name__
+    problem = any_problem(problem)
+    if problem is not None:
+        raise Damaged(problem)
+    return result
+
+
+def _load_alone(path: str, wanted: Any) -> Any:
+    """This process's shards. No barrier is inside: a process that fails to read would leave the others at it."""
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    with ocp.Context(multiprocessing_options=options):
+        return ocp.load(path, wanted)
+
+
+def _describe(tree: Any) -> dict[str, dict[str, Any]]:
+    """``{name: {"shape", "fingerprint"}}``; names as in ``check_shapes``."""
+    shapes = _shapes(tree)
+    return {
+        name: {"shape": list(shapes[name]), "fingerprint": number} for name, number in _fingerprints(tree).items()
+    }
+
+
+def _fingerprints(tree: Any) -> dict[str, int]:
+    return {name.removeprefix("params/"): number for name, number in fingerprints(tree).items()}
+
+
+def _checksum(metadata: Mapping[str, Any]) -> int:
+    """CRC-32 of the JSON, as it comes back from a file."""
+    return zlib.crc32(json.dumps(json.loads(json.dumps(metadata)), sort_keys=True).encode())
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:
