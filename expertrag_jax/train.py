@@ -100,6 +100,8 @@ def train(
     eval_steps: int = 20,
     num_passages: int | None = None,
     index_dir: str | None = None,
+    hang_seconds: float | None = 1800.0,
+    hang_abort: bool = False,
     progress: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrainState:
     """Trains a system and leaves MODEL_DIR: ``checkpoints/``, ``config.gin``, ``vocabulary/``, ``logs/``.
@@ -118,6 +120,9 @@ def train(
       eval_datasets: by phase or stage, finite or not; the loss of its first ``eval_steps`` batches is logged
         every ``eval_period`` steps.
       num_passages, index_dir: what the generator was trained to read, noted for answering.
+      hang_seconds: after so long without a step, the stacks of all threads go to standard error and
+        ``logs/hang_<step>.txt``; compilation, checkpoints and evaluations may take four times as long. None: never.
+      hang_abort: then the process also ends, with exit code 75; otherwise it goes on waiting.
       progress: called with each log record in place of printing it.
 
     Raises:
@@ -151,7 +156,7 @@ def train(
                 "num_passages": num_passages,
                 "index_dir": None if index_dir is None else str(Path(index_dir).absolute()),
             },
-            progress=(progress or show) if first else None,
+            progress=(progress or show) if first else None, hang_seconds=hang_seconds, hang_abort=hang_abort,
         )  # fmt: skip
     if told:
         print(f"trained {int(state.step)} steps: {directory / CHECKPOINTS / str(int(state.step))}", flush=True)

@@ -16,6 +16,7 @@ from expertrag_jax.systems.description import other_architecture
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import phases as phases_lib
 from expertrag_jax.training.checkpoint import Checkpoints
+from expertrag_jax.training.hang import Watchdog
 from expertrag_jax.training.interruption import Interrupted, Interruption
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
 from expertrag_jax.training.nonfinite import Watch
@@ -63,6 +64,8 @@ def train(
     initial_checkpoint: str | Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    hang_seconds: float | None = 1800.0,
+    hang_abort: bool = False,
 ) -> TrainState:
     """Trains a system through its phases; a MODEL_DIR with a checkpoint is resumed from the newest one.
 
@@ -87,6 +90,7 @@ def train(
       metadata: JSON for the checkpoint; what stands in ``metadata["digests"]`` (vocabularies) must be the
         same when the run is resumed.
       progress: called with each record that is logged.
+      hang_seconds, hang_abort: see ``hang.Watchdog``.
     Returns:
       The state after the last phase.
     Raises:
@@ -98,7 +102,8 @@ def train(
     model_dir = open_model_dir(model_dir)
     checkpoints = Checkpoints(model_dir / CHECKPOINTS, keep_checkpoints, asynchronous_checkpoints)
     telemetry = Telemetry(model_dir / LOGS, progress)
-    with jax.set_mesh(mesh), Interruption() as interruption, checkpoints, telemetry:
+    watchdog = Watchdog(model_dir / LOGS, telemetry, hang_seconds, hang_abort)
+    with jax.set_mesh(mesh), Interruption() as interruption, checkpoints, telemetry, watchdog:
         with telemetry.lost("startup"):
             layout = Layout(system, mesh, rules)
             phases_lib.check(phases, datasets, layout.shapes)

@@ -33,6 +33,7 @@ class Telemetry:
 
     Attributes:
       goodput: the clock of this start.
+      step: of the run, begun last.
     """
 
     def __init__(self, directory: str | Path, progress: Progress | None = None):
@@ -47,6 +48,7 @@ class Telemetry:
         self._file = self._board = None
         self._latest: dict[str, Any] = {}
         self.goodput = Goodput()
+        self.step = 0
         self._window, self._window_stopped = self.goodput.clock(), 0.0
         self._steps = self._examples = self._tokens = 0
 
@@ -63,6 +65,7 @@ class Telemetry:
                 str(self._directory), purge_step=step + 1 if step else None
             )
         self._window, self._window_stopped = self.goodput.clock(), self.goodput.stopped_seconds
+        self.step = step
 
     def __enter__(self) -> Telemetry:
         return self
@@ -81,6 +84,7 @@ class Telemetry:
     def count(self, batch: Any) -> None:
         """Counts one step on this process's rows."""
         self.goodput.step()
+        self.step += 1
         self._steps += 1
         self._examples += jax.process_count() * jax.tree.leaves(batch)[0].shape[0]
         self._tokens += jax.process_count() * token_count(batch)
