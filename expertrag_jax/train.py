@@ -35,6 +35,7 @@ SEVERAL_PROCESSES = True
 FLAGS = {
     "--model_dir": ("MODEL_DIR", "folder of checkpoints, config.gin, vocabulary and logs"),
     "--initial_checkpoint": ("INITIAL_CHECKPOINT_PATH", "checkpoint to start from: a path, or a map"),
+    "--profile_steps": ("profile_steps", "FIRST:END, steps to trace for XProf into MODEL_DIR/logs/profile, as 100:105"),
 }
 MACROS = (
     "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS", "BATCH_SIZE", "TASK_FEATURE_LENGTHS",
@@ -102,6 +103,7 @@ def train(
     index_dir: str | None = None,
     hang_seconds: float | None = 1800.0,
     hang_abort: bool = False,
+    profile_steps: str | None = None,
     progress: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrainState:
     """Trains a system and leaves MODEL_DIR: ``checkpoints/``, ``config.gin``, ``vocabulary/``, ``logs/``.
@@ -123,6 +125,7 @@ def train(
       hang_seconds: after so long without a step, the stacks of all threads go to standard error and
         ``logs/hang_<step>.txt``; compilation, checkpoints and evaluations may take four times as long. None: never.
       hang_abort: then the process also ends, with exit code 75; otherwise it goes on waiting.
+      profile_steps: ``"100:105"`` traces the steps 100 to 104 for XProf, into ``logs/profile``.
       progress: called with each log record in place of printing it.
 
     Raises:
@@ -157,6 +160,7 @@ def train(
                 "index_dir": None if index_dir is None else str(Path(index_dir).absolute()),
             },
             progress=(progress or show) if first else None, hang_seconds=hang_seconds, hang_abort=hang_abort,
+            profile_steps=profile_steps,
         )  # fmt: skip
     if told:
         print(f"trained {int(state.step)} steps: {directory / CHECKPOINTS / str(int(state.step))}", flush=True)

@@ -21,6 +21,7 @@ from expertrag_jax.training.interruption import Interrupted, Interruption
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
 from expertrag_jax.training.nonfinite import Watch
 from expertrag_jax.training.pretrained import start_from
+from expertrag_jax.training.profile import Profile
 from expertrag_jax.training.retention import Retention
 from expertrag_jax.training.state import Layout, TrainState
 from expertrag_jax.training.step import make_train_step
@@ -66,6 +67,7 @@ def train(
     progress: Progress | None = None,
     hang_seconds: float | None = 1800.0,
     hang_abort: bool = False,
+    profile_steps: str | None = None,
 ) -> TrainState:
     """Trains a system through its phases; a MODEL_DIR with a checkpoint is resumed from the newest one.
 
@@ -90,7 +92,7 @@ def train(
       metadata: JSON for the checkpoint; what stands in ``metadata["digests"]`` (vocabularies) must be the
         same when the run is resumed.
       progress: called with each record that is logged.
-      hang_seconds, hang_abort: see ``hang.Watchdog``.
+      hang_seconds, hang_abort: see ``hang.Watchdog``. profile_steps: see ``profile.Profile``.
     Returns:
       The state after the last phase.
     Raises:
@@ -103,7 +105,8 @@ def train(
     checkpoints = Checkpoints(model_dir / CHECKPOINTS, keep_checkpoints, asynchronous_checkpoints)
     telemetry = Telemetry(model_dir / LOGS, progress)
     watchdog = Watchdog(model_dir / LOGS, telemetry, hang_seconds, hang_abort)
-    with jax.set_mesh(mesh), Interruption() as interruption, checkpoints, telemetry, watchdog:
+    profile = Profile(model_dir / LOGS, profile_steps)
+    with jax.set_mesh(mesh), Interruption() as interruption, checkpoints, telemetry, watchdog, profile:
         with telemetry.lost("startup"):
             layout = Layout(system, mesh, rules)
             phases_lib.check(phases, datasets, layout.shapes)
@@ -116,7 +119,7 @@ def train(
                 state = phases_lib.enter(params, 0, 0, phases[0], layout)
         telemetry.resume(int(state.step))
         run = Run(
-            phases, datasets, layout, checkpoints, telemetry, interruption, Watch(model_dir / LOGS),
+            phases, datasets, layout, checkpoints, telemetry, interruption, Watch(model_dir / LOGS), profile,
             tuple(hooks), facts, seed, microbatches, checkpoint_period, log_period,
         )  # fmt: skip
         for index in range(int(state.phase), len(phases)):
@@ -174,6 +177,7 @@ class Run:
     telemetry: Telemetry
     interruption: Interruption
     watch: Watch
+    profile: Profile
     hooks: tuple[Hook, ...]
     facts: Mapping[str, Any]
     seed: int
@@ -184,7 +188,7 @@ class Run:
     def phase(self, state: TrainState, index: int) -> TrainState:
         """The remaining steps of a phase; the device is one step ahead of everything that is looked at."""
         phase, step, first = self.phases[index], int(state.step), int(state.phase_step)
-        train_step = self.compiled_step(phase)
+        train_step = self.profile.of(self.compiled_step(phase), step)
         with self.telemetry.lost("data"):
             batches = self.datasets[phase.name](first) if first < phase.steps else iter(())
         for phase_step in range(first + 1, phase.steps + 1):
