@@ -26,7 +26,7 @@ from typing import Any
 
 import gin
 
-from expertrag_jax import gin_errors, gin_files, job_flags, processes
+from expertrag_jax import disk, gin_errors, gin_files, job_flags, processes
 from expertrag_jax.errors import UserError
 
 DEFECT, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -77,6 +77,8 @@ def explain(error: BaseException) -> str | None:
         return f"this needs the package {package}, which is not installed here."
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
         return text.partition("] ")[2] or text  # without "[Errno 2]"
+    if disk.is_full(error):
+        return f"The disk is full ({text}): make room and run the same command again."
     return None
 
 
@@ -88,7 +90,7 @@ def _execute(job_name: str, argv: Sequence[str], prog: str) -> int:
         options = job_flags.parse(parser, argv)
     except SystemExit as stop:  # argparse has printed the help
         return int(stop.code or 0)
-    log_to_stderr()
+    log_to_stderr(options.debug)
     if not options.dry_run:
         start_processes(job, options)
     configure(job, function, options)
@@ -148,12 +150,16 @@ def set_data_folders(options: argparse.Namespace) -> None:
     seqio.add_global_cache_dirs(options.seqio_additional_cache_dirs)
 
 
-def log_to_stderr() -> None:
-    """Our log from INFO on, that of libraries from WARNING on, on standard error."""
+def log_to_stderr(debug: bool = False) -> None:
+    """Our log from INFO on, that of libraries from WARNING on, on standard error.
+
+    Errors that Orbax logs with a traceback and raises too are left out, unless it is to debug.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     # gin reports each folder that lacks an included file as an error, though the next folder may hold it.
     handler.addFilter(lambda record: record.module != "resource_reader")
+    handler.addFilter(lambda record: debug or record.name not in ("absl", "asyncio") or not record.exc_info)
     root = logging.getLogger()
     for other in [each for each in root.handlers if type(each) is logging.StreamHandler]:
         root.removeHandler(other)  # importing Orbax leaves one there, so that basicConfig would do nothing

@@ -43,6 +43,7 @@ HOUSE = (
     ("partitioning", ("partitioning",)),
     ("directories", ("directories",)),
     ("native output", ("native_output",)),
+    ("disk", ("disk",)),
     ("errors", ("errors",)),
 )
 

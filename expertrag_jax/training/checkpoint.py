@@ -21,9 +21,10 @@ import jax
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from expertrag_jax import disk
 from expertrag_jax.errors import UserError
 from expertrag_jax.partitioning import path_name
-from expertrag_jax.training import disk, parameters
+from expertrag_jax.training import parameters
 from expertrag_jax.training.agreement import any_problem
 from expertrag_jax.training.fingerprints import fingerprints, first_difference
 from expertrag_jax.training.retention import Retention
@@ -236,7 +237,7 @@ def _together(read: Callable[[], _T]) -> _T:
     except (UserError, PermissionError, MemoryError):
         raise
     except Exception as error:
-        problem = " ".join(str(error).split())[:300] or type(error).__name__
+        problem = " ".join(str(error).partition(" [tensorstore_spec")[0].split())[:300] or type(error).__name__
     problem = any_problem(problem)
     if problem is not None:
         raise Damaged(problem)

@@ -1,5 +1,8 @@
 """Checkpoints: what goes in comes out, whole, on any layout, or a clear message."""
 
+import logging
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +10,9 @@ import pytest
 
 from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
-from expertrag_jax.training import phases, step
-from expertrag_jax.training.checkpoint import Checkpoints
+from expertrag_jax.training import checkpoint, phases, step
+from expertrag_jax.training.checkpoint import Checkpoints, Damaged
+from expertrag_jax.training.retention import Retention
 from expertrag_jax.training.state import Layout
 
 
@@ -93,3 +97,118 @@ def test_a_phase_gets_a_new_optimizer_state_for_its_trainable_parameters(toy, me
     }
     assert not any("body" in name for name in names) and any("head/kernel" in name for name in names)
     assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(state.optimizer_state))
+
+
+@pytest.fixture(scope="module")
+def two(toy, tmp_path_factory):
+    """(folder with the checkpoints 5 and 9, what reads one of them, the state in both)."""
+    layout, phase, state = entered(toy, partitioning.make_mesh(devices=jax.devices()[:1]))
+    folder = tmp_path_factory.mktemp("two")
+    with Checkpoints(folder) as checkpoints:
+        for step in (5, 9):
+            checkpoints.save(step, state, {"seed": 3, "phase": "body"})
+    expected = jax.tree.map(np.array, state)
+
+    def read(checkpoints, step):
+        assert checkpoints.metadata(step)["seed"] == 3
+        return step, checkpoints.restore(step, layout.abstract_state(phase))
+
+    return folder, read, expected
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+    "nothing": lambda checkpoint: None,
+    "empty directory": lambda checkpoint: (shutil.rmtree(checkpoint), checkpoint.mkdir()),
+    "metadata missing": lambda checkpoint: (checkpoint / "_CHECKPOINT_METADATA").unlink(),
+    "metadata cut": lambda checkpoint: cut(checkpoint / "_CHECKPOINT_METADATA"),
+    "metadata flipped": lambda checkpoint: flip(checkpoint / "_CHECKPOINT_METADATA"),
+    "tree missing": lambda checkpoint: (checkpoint / "state" / "_METADATA").unlink(),
+    "manifest flipped": lambda checkpoint: flip(checkpoint / "state" / "manifest.ocdbt"),
+    "data missing": lambda checkpoint: next((checkpoint / "state" / "d").iterdir()).unlink(),
+    "data cut": lambda checkpoint: cut(next((checkpoint / "state" / "d").iterdir())),
+    "data flipped": lambda checkpoint: flip(next((checkpoint / "state" / "d").iterdir())),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_and_its_step_saved_again(two, damage, tmp_path, caplog, toy, mesh):
+    folder, read, expected = two
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    DAMAGES[damage](tmp_path / "9")
+    with Checkpoints(tmp_path) as checkpoints, caplog.at_level(logging.WARNING, "expertrag_jax"):
+        step, state = checkpoints.newest_whole(lambda step: read(checkpoints, step))
+        jax.tree.map(np.testing.assert_array_equal, expected, state)
+        assert checkpoints.latest == step == (9 if damage == "nothing" else 5)
+        warnings = [record.getMessage() for record in caplog.records if record.name.startswith("expertrag_jax")]
+        if damage == "nothing":
+            assert not warnings
+            return
+        assert len(warnings) == 1 and "step 9 is damaged (" in warnings[0] and "going on from step 5" in warnings[0]
+        assert (tmp_path / "9.damaged").is_dir()
+        checkpoints.save(9, state, {"seed": 3})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest_whole(lambda step: read(checkpoints, step))[0] == 9
+    assert {"5", "9", "9.damaged"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_values_that_are_not_what_was_saved_are_noticed(two, tmp_path, toy, mesh, monkeypatch):
+    """What no file format notices: whole files with other values."""
+    _, read, _ = two
+    _, _, state = entered(toy, mesh)
+    other = state.replace(params=jax.tree.map(lambda x: x, state.params))
+    other.params["body"]["bias"] = other.params["body"]["bias"].at[3].set(2.0**-40)
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patched:
+            described = checkpoint._describe(checkpoint._to_tree(state))
+            patched.setattr(checkpoint, "_describe", lambda tree: described)
+            checkpoints.save(5, other, {"seed": 3})
+        checkpoints.wait()
+        with pytest.raises(Damaged, match="^body/bias is not what was saved$"):
+            read(checkpoints, 5)
+
+
+def test_where_all_are_damaged_nothing_is_changed(two, tmp_path):
+    folder, read, _ = two
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name in ("5", "9"):
+        DAMAGES["data cut"](tmp_path / name)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match=r"No checkpoint in .* can be read \(9: .*; 5: .*start anew"):
+            checkpoints.newest_whole(lambda step: read(checkpoints, step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_retention_keeps_the_newest_every_n_and_the_best_of_each_phase(toy, mesh, tmp_path, caplog):
+    _, _, state = entered(toy, mesh)
+    losses = {1: 0.5, 2: 0.1, 3: 0.3, 4: 0.2, 5: None, 6: 9.0, 7: 8.0, 8: 8.0}
+    keep = Retention(latest=1, every_steps=5, best=2, metric="eval/loss")
+
+    def save(steps):
+        with Checkpoints(tmp_path, keep) as checkpoints:
+            for step in steps:
+                logged = {} if losses[step] is None else {"loss": 1.0, "eval/loss": losses[step]}
+                checkpoints.save(step, state, {"phase": "body" if step < 6 else "head"}, logged)
+        return sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
+
+    assert save([1, 2, 3]) == [2, 3]
+    with caplog.at_level(logging.WARNING, "expertrag_jax"):
+        assert save([4, 5]) == [2, 4, 5]  # after a restart, what was measured before still counts
+    assert "step 5 is not compared by eval/loss" in caplog.text
+    assert save([6, 7, 8]) == [2, 4, 5, 7, 8]
+
+
+@pytest.mark.parametrize("values", [{"latest": -1}, {"every_steps": 0}, {"best": -2}])
+def test_a_retention_that_means_nothing_is_refused(values):
+    with pytest.raises(UserError, match="none of them is negative"):
+        Retention(**values)
