@@ -24,6 +24,7 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import loop
+from expertrag_jax.training.compilation import keep_programs
 from expertrag_jax.training.goodput import read_summary
 from expertrag_jax.training.interruption import Interrupted
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
@@ -36,6 +37,7 @@ FLAGS = {
     "--model_dir": ("MODEL_DIR", "folder of checkpoints, config.gin, vocabulary and logs"),
     "--initial_checkpoint": ("INITIAL_CHECKPOINT_PATH", "checkpoint to start from: a path, or a map"),
     "--profile_steps": ("profile_steps", "FIRST:END, steps to trace for XProf into MODEL_DIR/logs/profile, as 100:105"),
+    "--compilation_cache_dir": ("compilation_cache_dir", "folder of compiled programs, for a faster next start"),
 }
 MACROS = (
     "MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS", "BATCH_SIZE", "TASK_FEATURE_LENGTHS",
@@ -104,6 +106,7 @@ def train(
     hang_seconds: float | None = 1800.0,
     hang_abort: bool = False,
     profile_steps: str | None = None,
+    compilation_cache_dir: str | None = None,
     progress: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrainState:
     """Trains a system and leaves MODEL_DIR: ``checkpoints/``, ``config.gin``, ``vocabulary/``, ``logs/``.
@@ -126,11 +129,15 @@ def train(
         ``logs/hang_<step>.txt``; compilation, checkpoints and evaluations may take four times as long. None: never.
       hang_abort: then the process also ends, with exit code 75; otherwise it goes on waiting.
       profile_steps: ``"100:105"`` traces the steps 100 to 104 for XProf, into ``logs/profile``.
+      compilation_cache_dir: keeps compiled programs for the next start, of other runs too; None: as JAX is set, by
+        ``JAX_COMPILATION_CACHE_DIR``.
       progress: called with each log record in place of printing it.
 
     Raises:
       UserError: see ``loop.train``.
     """
+    if compilation_cache_dir is not None:
+        keep_programs(compilation_cache_dir)
     directory = open_model_dir(model_dir)
     reader, retriever = (Vocabulary.from_file(path) for path in (vocabulary, retriever_vocabulary or vocabulary))
     check_embeddings(system, reader, retriever)
