@@ -29,7 +29,8 @@ FLAGS = {
     "--model_dir": ("model_dir", "folder of the trained model, or"),
     "--export_dir": ("export_dir", "folder that `expertrag export` wrote"),
     "--questions": ("questions", "JSON lines with the field question, and answers with --mode=score"),
-    "--output": ("output", "JSON lines to write"),
+    "--output": ("output", "JSON lines to write, or"),
+    "--output_dir": ("output_dir", "folder to write them to, as QUESTIONS-MODE.jsonl"),
     "--checkpoint_path": ("checkpoint_path", "one of the model's checkpoints, in place of the newest"),
     "--index_dir": ("index_dir", "index to search, in place of the model's own"),
     "--mode": ("mode", "predict, or score"),
@@ -38,7 +39,7 @@ FLAGS = {
     "--buckets": ("buckets", "batch size to compile for; repeatable; fixed in an export"),
     "--overwrite": ("overwrite", "replace an output that is there"),
 }
-MACROS = ("MODEL_DIR", "CHECKPOINT_PATH", "INDEX_DIR", "NUM_PASSAGES")
+MACROS = ("MODEL_DIR", "INFER_OUTPUT_DIR", "CHECKPOINT_PATH", "INDEX_DIR", "NUM_PASSAGES")
 EXAMPLE = "expertrag infer --model_dir=runs/qa --questions=test.jsonl --output=answers.jsonl"
 MODES = ("predict", "score")
 CHUNK = 1024  # questions whose results are written together
@@ -48,7 +49,7 @@ _LOG = logging.getLogger(__name__)
 
 def infer(
     questions: str,
-    output: str,
+    output: str | None = None,
     model_dir: str | None = None,
     export_dir: str | None = None,
     checkpoint_path: str | None = None,
@@ -58,12 +59,14 @@ def infer(
     num_passages: int | None = None,
     buckets: Sequence[int] | None = None,
     overwrite: bool = False,
+    output_dir: str | None = None,
 ) -> None:
     """Writes one record per question, in their order; see ``service.Service`` for the records.
 
     Args:
       questions: JSON lines, plain or gzipped. output: JSON lines; appears when it is complete. Until then results
         stand beside it in a file ``.partial``, named by the model, the index and the questions.
+      output_dir: in place of ``output``: results of ``test.jsonl.gz`` go to ``output_dir/test-predict.jsonl``.
       model_dir or export_dir: one of them.
       checkpoint_path, num_passages, buckets: of a model only.
       index_dir: of the same encoder and vocabularies; None means the model's own.
@@ -74,6 +77,7 @@ def infer(
     """
     if mode not in MODES:
         raise UserError(f"--mode={mode} is unknown: choose one of {', '.join(MODES)}.")
+    output = output or default_output(questions, output_dir, mode)
     check_output(output, overwrite)
     asked = read_questions_jsonl(questions, require_answers=mode == "score")
     service = open_service(
@@ -102,6 +106,14 @@ def infer(
             bar.update(len(chunk))
     os.replace(partial, output)
     _LOG.info("%s: %d questions", output, len(asked))
+
+
+def default_output(questions: str, output_dir: str | None, mode: str) -> str:
+    """The file in ``output_dir`` for a file of questions; UserError without a folder."""
+    if output_dir is None:
+        raise UserError("infer writes to a file or to a folder: give --output or --output_dir (INFER_OUTPUT_DIR).")
+    name = Path(questions).name.removesuffix(".gz").removesuffix(".jsonl")
+    return str(Path(output_dir) / f"{name}-{mode}.jsonl")
 
 
 def model_files(model_dir: str | None, export_dir: str | None, checkpoint_path: str | None) -> list[Path]:

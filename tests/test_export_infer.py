@@ -83,9 +83,10 @@ def test_both_routes_give_equal_answers(predictions, tiny_model):
 
 
 def test_both_routes_give_equal_scores(tiny, export_dir, questions, predictions, folder):
-    out = [folder / "model_scores.jsonl", folder / "exported_scores.jsonl"]
+    out = [folder / f"{questions.stem}-score.jsonl", folder / "exported_scores.jsonl"]
     common = ("--questions", questions, "--mode=score")
-    assert run("infer", "--model_dir", tiny.model_dir, "--output", out[0], *common, *BUCKETS) == 0
+    place = (f"--gin.MODEL_DIR={tiny.model_dir}", f"--gin.INFER_OUTPUT_DIR={folder}")
+    assert run("infer", "--gin_file=runs/infer.gin", *place, *common, *BUCKETS) == 0
     assert run("infer", "--export_dir", export_dir, "--output", out[1], *common) == 0
     scores, others = map(lines, out)
     assert [[a["answer"] for a in r["answers"]] for r in scores] == [r["answers"] for r in lines(questions)]
@@ -204,6 +205,7 @@ def test_infer_refuses_its_arguments(tiny, tiny_export, questions, tmp_path, fai
     out = tmp_path / "out.jsonl"
     common = ("--questions", questions, "--output", out)
     export = ("--export_dir", tiny_export)
+    assert "give --output or --output_dir" in fails("infer", *common[:2], *export)
     written = [out, out.with_name("out.jsonl.partial")]
     assert "either --model_dir or --export_dir" in fails("infer", *common, writes=written)
     assert "either" in fails("infer", *common, *export, "--model_dir", tiny.model_dir, writes=written)
