@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from expertrag_jax.model.config import TransformerConfig
+from expertrag_jax.model.product import project
 from expertrag_jax.moe.experts import ACTIVATIONS, input_names
 from expertrag_jax.moe.layer import MixtureOfExperts
 from expertrag_jax.partitioning import constrain
@@ -31,7 +32,7 @@ class Dense(nn.Module):
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "truncated_normal")
         kernel = nn.with_logical_partitioning(init, self.axes)
         kernel = self.param("kernel", kernel, (x.shape[-1], self.features))
-        return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=result)
+        return project(x, kernel.astype(x.dtype), result)
 
 
 class RMSNorm(nn.Module):
@@ -65,7 +66,7 @@ class Embed(nn.Module):
 
     def attend(self, x: Array) -> Array:
         """x [..., D] -> logits [..., vocab] float32."""
-        return jnp.dot(x, self.embedding.T.astype(x.dtype), preferred_element_type=jnp.float32)
+        return project(x, self.embedding.T.astype(x.dtype), jnp.float32)
 
 
 class FeedForward(nn.Module):
