@@ -25,7 +25,8 @@ def _forward(x, kernel, result):
 
 def _backward(result, saved, gradient):
     x, kernel = saved
-    to_x = jax.lax.dot_general(gradient, kernel, (((gradient.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    over_f = (((gradient.ndim - 1,), (1,)), ((), ()))
+    to_x = jax.lax.dot_general(gradient, kernel, over_f, preferred_element_type=x.dtype)
     rows = tuple(range(x.ndim - 1))
     to_kernel = jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
     return to_x, to_kernel
