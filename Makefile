@@ -5,7 +5,7 @@ SETUP := .venv/.complete
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test golden lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -16,6 +16,9 @@ demo: $(SETUP) ## the almanac: from nothing to a trained, gated, evaluated and e
 test: $(SETUP) ## unit tests, then the end-to-end ones (EXPERTRAG_DATA=folder adds those on real text)
 	$(PYTEST) tests --ignore=tests/end_to_end
 	if [ -d tests/end_to_end ]; then $(PYTEST) tests/end_to_end; fi
+
+golden: $(SETUP) ## rewrite the golden files that tests compare with
+	JAX_PLATFORMS=cpu $(BIN)/python tests/golden_shardings.py
 
 lint: $(SETUP) ## ruff
 	$(BIN)/ruff check .
