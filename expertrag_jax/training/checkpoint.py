@@ -246,9 +246,10 @@ def _together(read: Callable[[], _T]) -> _T:
 
 def _load_alone(path: str, wanted: Any) -> Any:
     """This process's shards. No barrier is inside: a process that fails to read would leave the others at it."""
-    me = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    with ocp.Context(multiprocessing_options=options):
+    context = ocp.Context()
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    with context:
         return ocp.load(path, wanted)
 
 

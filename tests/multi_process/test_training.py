@@ -1,0 +1,137 @@
+"""Training by several processes, eight devices in all: the same losses, checkpoints for any layout, and whatever
+happens to one of the processes, all end and the next start goes on bit for bit."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import worker  # noqa: E402
+
+from expertrag_jax import partitioning  # noqa: E402
+
+
+def losses(model_dir):
+    """{step: (loss, load)} of the log."""
+    lines = (model_dir / "logs" / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: (record["loss"], record["load"]) for record in map(json.loads, lines)}
+
+
+def final(model_dir):
+    return dict(np.load(model_dir / "logs" / "final.npz"))
+
+
+def steps(model_dir):
+    return sorted(int(entry.name) for entry in (model_dir / "checkpoints").iterdir() if entry.name.isdigit())
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys() and len(expected) > 6
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, fast_compile):
+    """One process with eight devices, this one."""
+    model_dir = tmp_path_factory.mktemp("one") / "model"
+    worker.run(model_dir)
+    return model_dir
+
+
+def finished(train, folder, count):
+    model_dir = folder / "model"
+    ended = train(model_dir, count)
+    assert [process.returncode for process in ended] == [0] * count, ended
+    return model_dir
+
+
+@pytest.fixture(scope="module")
+def two_by_four(train, tmp_path_factory):
+    return finished(train, tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def four_by_two(train, tmp_path_factory):
+    return finished(train, tmp_path_factory.mktemp("four"), 4)
+
+
+@pytest.mark.parametrize("layout", ["two_by_four", "four_by_two"])
+def test_the_same_losses_as_one_process(one, layout, request):
+    expected, found = losses(one), losses(request.getfixturevalue(layout))
+    assert found.keys() == expected.keys() and len(expected) == 10
+    for step, (loss, load) in expected.items():
+        assert found[step][0] == pytest.approx(loss, rel=1e-5), step
+        np.testing.assert_allclose(found[step][1], load, rtol=1e-4, err_msg=str(step))
+
+
+def test_a_checkpoint_of_4x2_is_restored_exactly_by_2x4_1x8_and_1x1(four_by_two, train, tmp_path, fast_compile):
+    expected = final(four_by_two)
+    assert any("optimizer_state" in name for name in expected)
+    for place in ("2x4", "1x8", "1x1"):  # a run that has ended restores its last checkpoint and trains no step
+        shutil.copytree(four_by_two, tmp_path / place)
+        (tmp_path / place / "logs" / "final.npz").unlink()
+    assert [process.returncode for process in train(tmp_path / "2x4", 2)] == [0, 0]
+    assert_same_bits(final(tmp_path / "2x4"), expected)
+    assert_same_bits(worker.whole(worker.run(tmp_path / "1x8")), expected)
+    alone = partitioning.make_mesh(devices=jax.devices()[:1])
+    assert_same_bits(worker.whole(worker.run(tmp_path / "1x1", alone)), expected)
+
+
+@pytest.fixture(scope="module")
+def killed(train, tmp_path_factory):
+    """(folder of a run whose process 1 was killed at step 23 of 30, how the processes ended)."""
+    folder = tmp_path_factory.mktemp("killed")
+    return folder / "model", train(folder / "model", 2, "--signal_at=10", "--signal=SIGKILL", "--heartbeat=8")
+
+
+def test_when_one_is_killed_the_others_end_within_the_heartbeat(killed):
+    _, (first, second) = killed
+    assert second.returncode == -9 and first.returncode not in (0, None)
+    assert first.seconds - second.seconds < 8 + 7  # the service looks once per heartbeat
+    assert "stopped sending heartbeats" in first.stderr
+
+
+def test_a_killed_run_goes_on_bit_for_bit(killed, train, two_by_four, tmp_path):
+    shutil.copytree(killed[0], tmp_path / "model")
+    assert steps(tmp_path / "model")[-1] in (15, 20)  # 15 where the write of 20 was cut off
+    ended = train(tmp_path / "model", 2)
+    assert [process.returncode for process in ended] == [0, 0], ended
+    assert_same_bits(final(tmp_path / "model"), final(two_by_four))
+    assert losses(tmp_path / "model").keys() == losses(two_by_four).keys()
+
+
+@pytest.fixture(scope="module")
+def terminated(train, tmp_path_factory):
+    """(folder of a run whose process 1 got SIGTERM at step 18 of 30, how the processes ended)."""
+    folder = tmp_path_factory.mktemp("terminated")
+    return folder / "model", train(folder / "model", 2, "--signal_at=5", "--signal=SIGTERM")
+
+
+def test_sigterm_to_one_makes_all_save_at_the_same_step_and_exit_0(terminated):
+    model_dir, ended = terminated
+    assert [process.returncode for process in ended] == [0, 0], ended
+    assert 18 <= steps(model_dir)[-1] < 30 and not (model_dir / "logs" / "final.npz").exists()
+    metadata = json.loads((model_dir / "checkpoints" / str(steps(model_dir)[-1]) / "_CHECKPOINT_METADATA").read_text())
+    assert metadata["custom_metadata"]["phase_step"] == steps(model_dir)[-1] - 12
+
+
+def test_all_skip_a_damaged_checkpoint_and_end_bit_for_bit(terminated, train, two_by_four, tmp_path):
+    shutil.copytree(terminated[0], tmp_path / "model")
+    before, newest = steps(tmp_path / "model")
+    written = list((tmp_path / "model" / "checkpoints" / str(newest) / "state").glob("ocdbt.process_1/d/*"))
+    assert written
+    for path in written:  # what process 1 wrote, and process 0 does not read
+        path.write_bytes(bytes(byte ^ 0xFF for byte in path.read_bytes()))
+    ended = train(tmp_path / "model", 2)
+    assert [process.returncode for process in ended] == [0, 0], ended
+    assert f"step {newest} is damaged (" in ended[0].stderr and f"going on from step {before}" in ended[0].stderr
+    assert "damaged" not in ended[1].stderr
+    assert (tmp_path / "model" / "checkpoints" / f"{newest}.damaged").is_dir()
+    assert_same_bits(final(tmp_path / "model"), final(two_by_four))
