@@ -42,6 +42,19 @@ def test_micro_batches_equal_one_big_batch(toy, layout):
     assert float(four_metrics["loss"][1]) == batch["weight"].sum()
 
 
+def test_micro_batches_lower_the_memory_in_proportion(toy):
+    """What does not shrink is as large as parameters and batch, and here both are small beside the activations."""
+    system, batch = toy.Toy(width=512), toy.rows(3, 1024)
+    layout = Layout(system, partitioning.make_mesh(devices=jax.devices()[:1]))
+    phase = Phase("p", 1, toy.loss, optax.sgd(0.1))
+    temporary = {}
+    for microbatches in (1, 4, 16):
+        train_step = step.make_train_step(phase.loss, phase.make_optimizer(), microbatches=microbatches)
+        compiled = train_step.lower(layout.abstract_state(phase), batch).compile()
+        temporary[microbatches] = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary[16] < 0.3 * temporary[4] and temporary[4] < 0.5 * temporary[1]
+
+
 def test_gradient_and_update_are_plain_jax(toy, layout):
     batch, phase = toy.rows(3, 16), Phase("p", 1, without_rng(toy), optax.sgd(0.1))
     state = fresh(layout, toy, phase)
