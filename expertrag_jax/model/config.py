@@ -6,6 +6,7 @@ import dataclasses
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.moe.experts import ACTIVATIONS
+from expertrag_jax.moe.layer import DISPATCHES, ROUTINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,12 @@ class TransformerConfig:
       train_expert_capacity_factor, eval_expert_capacity_factor: slots per expert relative to a uniform load;
         None for evaluation drops nothing. expert_group_size: upper bound of tokens in a routing group.
       router_jitter: multiplicative noise on router inputs in training.
+      encoder_routing, decoder_routing: ``token_choice``, or in the encoder ``expert_choice`` (arXiv 2202.09368). The
+        three fields below are of layers where tokens choose.
+      expert_dispatch: ``buckets`` (capacity; tokens beyond it are dropped) or ``dropless``; see ``moe.mixture``.
+      batch_prioritised_routing: full experts drop the least sure tokens, not the last (arXiv 2106.05974).
+      loss_free_balancing: a bias on the choice of experts, moved by their load, keeps the load even
+        (arXiv 2408.15664); a parameter ``selection_bias`` per sparse layer. Set AUX_LOSS_FACTOR to 0 or near it.
       relative_buckets, relative_max_distance: T5's relative position bias.
       scan_layers: compile one block and scan over it. remat: ``none``, ``full`` (recompute everything in the
         backward pass) or ``dots`` (keep matrix products).
@@ -49,6 +56,11 @@ class TransformerConfig:
     eval_expert_capacity_factor: float | None = None
     expert_group_size: int = 4096
     router_jitter: float = 0.0
+    expert_dispatch: str = "buckets"
+    encoder_routing: str = "token_choice"
+    decoder_routing: str = "token_choice"
+    batch_prioritised_routing: bool = False
+    loss_free_balancing: bool = False
     relative_buckets: int = 32
     relative_max_distance: int = 128
     scan_layers: bool = False
@@ -68,6 +80,7 @@ class TransformerConfig:
                 f"NUM_SELECTED_EXPERTS is {self.num_selected_experts}: it must lie between 1 and "
                 f"NUM_EXPERTS={self.num_experts}."
             )
+        self._check_routing()
         if self.scan_layers:
             for depth in (self.num_encoder_layers, self.num_decoder_layers):
                 if depth % self.block_size:
@@ -75,6 +88,21 @@ class TransformerConfig:
                         "scan_layers needs a depth that is a multiple of "
                         f"expert_layer_period={self.block_size}, not {depth}."
                     )
+
+    def _check_routing(self):
+        for name, known in (
+            ("expert_dispatch", DISPATCHES), ("encoder_routing", ROUTINGS), ("decoder_routing", ROUTINGS)
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"TransformerConfig.{name} is {getattr(self, name)!r}; use {' or '.join(map(repr, known))}."
+                )
+        if self.decoder_routing == "expert_choice":
+            raise UserError(
+                "TransformerConfig.decoder_routing cannot be 'expert_choice': an expert that picks its tokens from the "
+                "whole row sees later ones, so a decoder would learn from the future and fail when it generates; use "
+                "'token_choice', and 'expert_choice' as encoder_routing."
+            )
 
     @property
     def block_size(self) -> int:

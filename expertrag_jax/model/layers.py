@@ -85,8 +85,8 @@ class FeedForward(nn.Module):
         return Dense(config.embed_dim, ("mlp", "embed"), name="wo")(hidden)
 
 
-def feed_forward(config: TransformerConfig, layer: int, name: str = "mlp") -> nn.Module:
-    """The dense or sparse feed-forward of layer ``layer``."""
+def feed_forward(config: TransformerConfig, layer: int, routing: str, name: str | None = "mlp") -> nn.Module:
+    """The dense or sparse feed-forward of layer ``layer``; ``routing`` is the stack's."""
     if not config.is_sparse(layer):
         return FeedForward(config, name=name)
     return MixtureOfExperts(
@@ -98,5 +98,9 @@ def feed_forward(config: TransformerConfig, layer: int, name: str = "mlp") -> nn
         eval_capacity_factor=config.eval_expert_capacity_factor,
         group_size=config.expert_group_size,
         jitter=config.router_jitter,
+        dispatch=config.expert_dispatch,
+        routing=routing,
+        prioritised=config.batch_prioritised_routing,
+        loss_free_balancing=config.loss_free_balancing,
         name=name,
     )

@@ -64,7 +64,7 @@ class EncoderLayer(nn.Module):
         y = attention.Attention(self.config, name="attention")(y, bias, deterministic)
         x = x + dropout(y, deterministic=deterministic)
         y = parts.RMSNorm(name="pre_mlp_layer_norm")(x)
-        y = parts.feed_forward(self.config, self.layer)(y, valid, deterministic)
+        y = parts.feed_forward(self.config, self.layer, self.config.encoder_routing)(y, valid, deterministic)
         return parts.constrain(x + dropout(y, deterministic=deterministic), "batch", "length", None)
 
 
@@ -81,7 +81,7 @@ class DecoderLayer(nn.Module):
         self.pre_cross_attention_layer_norm = parts.RMSNorm()
         self.encoder_decoder_attention = attention.Attention(config)
         self.pre_mlp_layer_norm = parts.RMSNorm()
-        self.mlp = parts.feed_forward(config, self.layer, name=None)
+        self.mlp = parts.feed_forward(config, self.layer, config.decoder_routing, name=None)
         self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
     def memory(self, encoded: Array) -> tuple[Array, Array]:

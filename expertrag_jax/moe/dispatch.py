@@ -1,7 +1,8 @@
-"""Moving tokens to their experts and back, by index buckets, without a scatter in either direction.
+"""Moving tokens to their experts and back, without a scatter in either direction under token choice.
 
-``gather_tokens`` and ``combine`` are each other's transpose. Both have a custom derivative that is again a
-gather, because ``Buckets`` holds the index map in both directions. Shapes as in ``routing``; D is the width.
+``gather_tokens`` and ``combine`` are each other's transpose. Both have a custom derivative that is again a gather,
+because ``Buckets`` holds the index map in both directions. Shapes as in ``routing``; D is the width, M the number of
+slots (E * C in buckets).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from expertrag_jax.moe.experts import expert_feed_forward
 from expertrag_jax.moe.routing import Buckets
 
 
@@ -20,7 +22,7 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gather_tokens(x: jax.Array, buckets: Buckets) -> jax.Array:
-    """Tokens to expert buffers: x [G, S, D] -> [G, E * C, D]; an empty slot is zero."""
+    """Tokens to expert buffers: x [G, S, D] -> [G, M, D]; an empty slot is zero."""
     k = buckets.slot.shape[-1]
     return _take(x, buckets.token // k)
 
@@ -40,7 +42,7 @@ gather_tokens.defvjp(_gather_forward, _gather_backward)
 
 @jax.custom_vjp
 def combine(buffers: jax.Array, weight: jax.Array, buckets: Buckets) -> jax.Array:
-    """Expert buffers back to tokens: buffers [G, E * C, D], weight [G, S, k] -> [G, S, D].
+    """Expert buffers back to tokens: buffers [G, M, D], weight [G, S, k] -> [G, S, D].
 
     y[s] = sum_j weight[s, j] * buffers[slot[s, j]]; a dropped choice contributes 0.
     """
@@ -67,16 +69,30 @@ def _combine_backward(residuals, gradient):
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-def dense_oracle(x: jax.Array, expert_index: jax.Array, weight: jax.Array, experts) -> jax.Array:
+def take_rows(x: jax.Array, token: jax.Array) -> jax.Array:
+    """Expert choice: x [G, S, D], token [G, M] -> [G, M, D]; a token of S (an empty slot) is zero."""
+    return _take(x, token)
+
+
+def add_rows(outputs: jax.Array, weight: jax.Array, token: jax.Array, size: int) -> jax.Array:
+    """Expert choice: y[token[m]] += weight[m] * outputs[m]; outputs [G, M, D], weight, token [G, M] -> [G, S, D].
+
+    A token has any number of slots, so this adds by a scatter, and so does the derivative of ``take_rows``.
+    """
+    rows = outputs * weight[..., None].astype(outputs.dtype)
+    empty = jnp.zeros((size, outputs.shape[-1]), outputs.dtype)
+    return jax.vmap(lambda rows, token: empty.at[token].add(rows, mode="drop"))(rows, token)
+
+
+def dense_oracle(x, expert_index, weight, kernels, activations) -> jax.Array:
     """Reference for tests: every expert reads every token, nothing is dropped.
 
     Args:
       x: [G, S, D]; expert_index, weight: [G, S, k].
-      experts: maps [E, N, D] to [E, N, D], expert e on row e.
+      kernels, activations: see ``experts.expert_feed_forward``.
     """
     groups, size, width = x.shape
-    flat = x.reshape(1, groups * size, width)
-    outputs = experts(flat)  # broadcasts over E
+    outputs = expert_feed_forward(kernels, x.reshape(1, -1, width), activations, jnp.matmul)  # broadcasts over E
     outputs = outputs.reshape(-1, groups, size, width)
     mixing = (jax.nn.one_hot(expert_index, outputs.shape[0]) * weight[..., None]).sum(2)  # [G, S, E]
     return jnp.einsum("egsd,gse->gsd", outputs, mixing.astype(x.dtype))

@@ -6,12 +6,14 @@ Shapes: E experts, N tokens in an expert's buffer, D model width, F hidden width
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from expertrag_jax.moe.matmul import batched_matmul
 
 ACTIVATIONS = {
     "linear": lambda x: x,
@@ -28,17 +30,23 @@ def input_names(activations: Sequence[str]) -> tuple[str, ...]:
 
 
 def expert_feed_forward(
-    kernels: Mapping[str, jax.Array], buffers: jax.Array, activations: Sequence[str]
+    kernels: Mapping[str, jax.Array],
+    rows: jax.Array,
+    activations: Sequence[str],
+    product: Callable[[jax.Array, jax.Array], jax.Array] = batched_matmul,
 ) -> jax.Array:
-    """Every expert on its own buffer: [E, N, D] -> [E, N, D]; gated when there are two activations.
+    """Every expert on its own rows; gated when there are two activations.
 
     Args:
-      kernels: ``wi`` (or ``wi_0``, ``wi_1``) [E, D, F] and ``wo`` [E, F, D]; cast to the buffers' dtype.
+      kernels: ``wi`` (or ``wi_0``, ``wi_1``) [E, D, F] and ``wo`` [E, F, D]; cast to the rows' dtype.
+      rows: what ``product(rows, kernel)`` takes: buffers [E, N, D], or sorted rows [N, D].
+    Returns:
+      The shape of ``rows``.
     """
     hidden = 1
     for label, name in zip(input_names(activations), activations):
-        hidden = hidden * ACTIVATIONS[name](jnp.matmul(buffers, kernels[label].astype(buffers.dtype)))
-    return jnp.matmul(hidden, kernels["wo"].astype(buffers.dtype))
+        hidden = hidden * ACTIVATIONS[name](product(rows, kernels[label].astype(rows.dtype)))
+    return product(hidden, kernels["wo"].astype(rows.dtype))
 
 
 class Kernel(NamedTuple):
@@ -67,9 +75,7 @@ class Kernels(nn.Module):
 
 def expert_kernels(num_experts: int, width: int, hidden: int, activations: Sequence[str]) -> dict:
     """The ``Kernel`` of every name that E experts of width D and hidden width F need, for ``Kernels``."""
-    init = nn.initializers.variance_scaling(
-        1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
-    )
+    init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,))
     into = Kernel((num_experts, width, hidden), ("expert", "embed", "expert_mlp"), init)
     back = Kernel((num_experts, hidden, width), ("expert", "expert_mlp", "embed"), init)
     return {name: into for name in input_names(activations)} | {"wo": back}

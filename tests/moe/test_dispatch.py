@@ -37,9 +37,7 @@ def oracle(x, kernels, router, valid, k, capacity, activations):
     choice = routing.route(x @ router, valid, k)
     buckets = routing.fill_buckets(choice, EXPERTS, capacity)
     weight = jnp.where(buckets.slot < EXPERTS * capacity, choice.weight, 0.0)
-    return dispatch.dense_oracle(
-        x, choice.expert_index, weight, lambda rows: expert_feed_forward(kernels, rows, activations)
-    )
+    return dispatch.dense_oracle(x, choice.expert_index, weight, kernels, activations)
 
 
 @pytest.mark.parametrize("activations", [("relu",), ("gelu", "linear")])

@@ -11,7 +11,6 @@ from flax import linen as nn
 from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
 from expertrag_jax.moe import dispatch, routing
-from expertrag_jax.moe.experts import expert_feed_forward
 from expertrag_jax.moe.layer import MixtureOfExperts
 
 WIDTH, EXPERTS = 6, 8
@@ -45,12 +44,7 @@ def oracle(params, x, valid):
     router = params["router"]["router_weights"]["w"]["kernel"]
     choice = routing.route(x @ router, valid, 1)
     kernels = {name: leaf["kernel"] for name, leaf in params["expert"].items()}
-    return dispatch.dense_oracle(
-        x,
-        choice.expert_index,
-        choice.weight,
-        lambda rows: expert_feed_forward(kernels, rows, LAYER.activations),
-    )
+    return dispatch.dense_oracle(x, choice.expert_index, choice.weight, kernels, LAYER.activations)
 
 
 @pytest.mark.parametrize("overloaded", [False, True])

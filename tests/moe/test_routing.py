@@ -7,6 +7,7 @@ import pytest
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.moe import routing
+from expertrag_jax.moe.statistics import choice_statistics
 
 GROUPS, SIZE, EXPERTS = 2, 12, 4
 
@@ -49,7 +50,7 @@ def test_drops_are_those_of_switch(k, capacity):
         assert token[group, slot[group, position, nth]] == position * k + nth
         assert slot[group, position, nth] // capacity == choice.expert_index[group, position, nth]
     assert (token < SIZE * k).sum() == kept.sum()
-    dropped = routing.statistics(logits, choice, buckets).dropped
+    dropped = choice_statistics(logits, choice, buckets).dropped
     count = np.asarray(valid).sum(1)
     np.testing.assert_allclose(dropped, 1 - kept.sum((1, 2)) / (k * count), rtol=1e-5, atol=1e-6)
 
@@ -82,15 +83,15 @@ def test_padding_takes_no_slot_no_weight_and_enters_no_statistic():
     other_choice = routing.route(other, valid, 2)
     other_buckets = routing.fill_buckets(other_choice, EXPERTS, 2)
     jax.tree.map(np.testing.assert_array_equal, other_buckets, buckets)
-    ours = routing.statistics(logits, choice, buckets)
-    theirs = routing.statistics(other, other_choice, other_buckets)
+    ours = choice_statistics(logits, choice, buckets)
+    theirs = choice_statistics(other, other_choice, other_buckets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 
 def test_statistics_are_means_over_valid_tokens():
     logits, valid = example(4)
     choice = routing.route(logits, valid, 1)
-    figures = routing.statistics(logits, choice, None)
+    figures = choice_statistics(logits, choice, None)
     for group in range(GROUPS):
         rows = np.asarray(logits, np.float64)[group][np.asarray(valid)[group]]
         p = np.exp(rows) / np.exp(rows).sum(-1, keepdims=True)
@@ -110,17 +111,17 @@ def test_statistics_are_means_over_valid_tokens():
 def test_balance_loss_is_one_under_uniform_load_and_larger_when_skewed():
     even = jnp.tile(jnp.eye(EXPERTS), (3, 1))[None]
     valid = jnp.ones(even.shape[:2], bool)
-    uniform = routing.statistics(even, routing.route(even, valid, 1), None).balance_loss
+    uniform = choice_statistics(even, routing.route(even, valid, 1), None).balance_loss
     np.testing.assert_allclose(uniform, 1.0, rtol=1e-6)
     skewed = even.at[..., 0].add(2.0)
-    assert routing.statistics(skewed, routing.route(skewed, valid, 1), None).balance_loss[0] > 1.5
+    assert choice_statistics(skewed, routing.route(skewed, valid, 1), None).balance_loss[0] > 1.5
 
 
 def test_a_group_without_tokens_is_finite():
     logits, _ = example()
     nothing = jnp.zeros((GROUPS, SIZE), bool)
     choice = routing.route(logits, nothing, 1)
-    figures = routing.statistics(logits, choice, routing.fill_buckets(choice, EXPERTS, 2))
+    figures = choice_statistics(logits, choice, routing.fill_buckets(choice, EXPERTS, 2))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(figures))
     assert not figures.tokens.any() and not figures.balance_loss.any()
 

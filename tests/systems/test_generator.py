@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from expertrag_jax.batch import Batch
-from expertrag_jax.moe.routing import RouterStatistics
+from expertrag_jax.moe.statistics import RouterStatistics
 from expertrag_jax.systems import generator
 from expertrag_jax.training import step
 
