@@ -20,6 +20,9 @@ test: $(SETUP) ## unit tests, then the end-to-end ones (EXPERTRAG_DATA=folder ad
 golden: $(SETUP) ## rewrite the golden files that tests compare with
 	JAX_PLATFORMS=cpu $(BIN)/python tests/golden_shardings.py
 
+soak: $(SETUP) ## kill a training run 30 times and compare its end with an uninterrupted one (5 minutes; ARGS="--seed 1")
+	JAX_PLATFORMS=cpu $(BIN)/python tests/soak/soak.py $(ARGS)
+
 lint: $(SETUP) ## ruff
 	$(BIN)/ruff check .
 

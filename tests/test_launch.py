@@ -53,9 +53,14 @@ def toy_job(out_dir: str, model: Model | None = None, steps: int | None = 3, see
         open(out_dir)
     if question == "defect":
         raise IndexError("a defect")
-    if question == "processes":
+    if question in ("processes", "alone"):
         import jax
         print("process", jax.process_index(), "of", jax.process_count())
+    if question == "alone":
+        from jax.experimental import multihost_utils
+        if jax.process_index() == 1:
+            raise UserError("this host lacks a file: copy it.")
+        multihost_utils.sync_global_devices("waits for process 1")
 
 if __name__ == "__main__":
     from expertrag_jax import launch
@@ -324,22 +329,33 @@ def test_every_command_has_help_and_a_valid_flag_table():
         assert importlib.import_module(job_name.partition(":")[0]) is job
 
 
-def test_several_processes(folder):
+def start_two(folder, *arguments):
+    """[(exit code, stdout, stderr)] of two processes of one job; they end within two minutes."""
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{port.getsockname()[1]}"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
-    flags = ["--out_dir=x", f"--coordinator_address={address}", "--process_count=2", "processes"]
+    flags = ["--out_dir=x", f"--coordinator_address={address}", "--process_count=2", *arguments]
     command = [sys.executable, "-m", "toy_job", *flags]
-    processes = [
-        subprocess.Popen(
-            [*command, f"--process_index={i}"], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert outputs == ["process 0 of 2\n", "process 1 of 2\n"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    processes = [subprocess.Popen([*command, f"--process_index={i}"], **streams) for i in range(2)]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_several_processes(folder):
+    ended = start_two(folder, "processes")
+    assert [(code, out) for code, out, _ in ended] == [(0, "process 0 of 2\n"), (0, "process 1 of 2\n")]
+
+
+def test_when_one_process_has_an_error_the_others_end_too(folder):
+    (waiting, _, told), (refused, _, error) = start_two(folder, "alone", "--heartbeat_seconds=5")
+    assert (refused, error) == (2, "process 1: error: this host lacks a file: copy it.\n")
+    assert waiting not in (0, None) and "1" in told
 
 
 def test_module_and_command_agree(folder):

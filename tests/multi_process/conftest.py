@@ -69,9 +69,22 @@ def environment(tmp_path_factory):
             "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_together(environment, tmp_path_factory):
+    """``run_together(command, count, devices)`` runs it ``count`` times at once, with the flags that join them."""
+
+    def run(command, count, devices):
+        flags = [f"--coordinator_address={free_address()}", f"--process_count={count}"]
+        commands = [[*command, *flags, f"--process_index={index}"] for index in range(count)]
+        return run_job(commands, environment(devices), tmp_path_factory.mktemp("told"))
+
+    return run
 
 
 @pytest.fixture(scope="session")

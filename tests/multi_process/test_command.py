@@ -1,0 +1,46 @@
+"""The command ``expertrag train`` as two processes: losses as with one, and process 0 alone tells."""
+
+import json
+import sys
+
+import pytest
+
+from expertrag_jax.main import main
+
+LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8, 'query': 24, 'passages': 48}"
+SMALL = (
+    "--gin.BATCH_SIZE=8", "--gin.TRAIN_STEPS=4", LENGTHS, "--gin.config.TransformerConfig.embed_dim=16",
+    "--gin.config.TransformerConfig.mlp_dim=32", "--gin.config.TransformerConfig.num_heads=2",
+    "--gin.config.TransformerConfig.head_dim=8", "--gin.config.TransformerConfig.num_encoder_layers=1",
+    "--gin.config.TransformerConfig.num_decoder_layers=1", "--gin.train.train.log_period=1",
+    "--gin.train.train.asynchronous_checkpoints=False", "--gin.CHECKPOINT_PERIOD=2", "--gin.KEEP_CHECKPOINTS=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_model, tmp_path_factory):
+    """Of a small closed-book training, without MODEL_DIR."""
+    folder = tmp_path_factory.mktemp("files")
+    vocabulary = tiny_model.vocabulary(folder / "vocabulary.model")
+    questions = [{"question": f"Where does {name} live?", "answers": ["Arlen"]} for name in tiny_model.NAMES]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    files = [f"--gin_file={name}.gin" for name in ("runs/train", "models/t5_tiny", "systems/closed_book")]
+    named = [f"--gin.VOCABULARY='{vocabulary.path}'", f"--gin.QUESTIONS='{folder / 'questions.jsonl'}'"]
+    return ["train", *files, *SMALL, *named]
+
+
+def losses(model_dir):
+    lines = (model_dir / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines)]
+
+
+def test_two_processes_train_as_one(arguments, run_together, tmp_path, fast_compile):
+    command = [*arguments, f"--model_dir={tmp_path / 'two'}", "--heartbeat_seconds=60"]
+    ended = run_together([sys.executable, "-m", "expertrag_jax.main", *command], 2, devices=2)
+    assert [process.returncode for process in ended] == [0, 0], ended
+    first, second = ([line for line in each.stdout.splitlines() if "[Gloo]" not in line] for each in ended)
+    assert f"trained 4 steps: {tmp_path / 'two' / 'checkpoints' / '4'}" in first[-1] and not second
+    assert "data=4" in first[0]
+    assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["4"]
+    assert main([*arguments, f"--model_dir={tmp_path / 'one'}"]) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
