@@ -56,6 +56,57 @@ def test_drops_are_those_of_switch(k, capacity):
 
 
 @pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_prioritised_drops_are_those_of_the_least_sure(k, capacity):
+    logits, valid = example(5, skew=2.0)
+    choice = routing.route(logits, valid, k)
+    order = np.argsort(-np.asarray(choice.probabilities).max(-1), axis=1, kind="stable")
+    index, real = np.asarray(choice.expert_index), np.asarray(valid)
+    kept = np.zeros(index.shape, bool)
+    for group in range(GROUPS):  # Switch's rule over the tokens from the surest to the least sure
+        by_rank = switch_rule(index[group, order[group]][None], real[group, order[group]][None], capacity)[0]
+        kept[group, order[group]] = by_rank
+    buckets = routing.fill_buckets(choice, EXPERTS, capacity, prioritised=True)
+    slot, token = np.asarray(buckets.slot), np.asarray(buckets.token)
+    np.testing.assert_array_equal(slot < EXPERTS * capacity, kept)
+    assert (kept != switch_rule(index, real, capacity)).any()
+    for group, position, nth in np.argwhere(kept):
+        assert token[group, slot[group, position, nth]] == position * k + nth
+        assert slot[group, position, nth] // capacity == index[group, position, nth]
+
+
+def test_sorted_choices_stand_by_expert_and_in_their_order():
+    rng = np.random.default_rng(6)
+    expert = rng.integers(0, EXPERTS + 1, (9, 2)).astype(np.int32)  # EXPERTS: padding
+    slots, sizes = routing.sort_by_expert(jnp.asarray(expert), EXPERTS, spare=3)
+    flat = expert.reshape(-1)
+    real = [i for e in range(EXPERTS) for i in np.flatnonzero(flat == e)]
+    np.testing.assert_array_equal(sizes, np.bincount(flat, minlength=EXPERTS + 1)[:EXPERTS])
+    np.testing.assert_array_equal(slots.token[0], real + [18] * (21 - len(real)))
+    for place, choice in enumerate(real):
+        assert slots.slot[0].reshape(-1)[choice] == place
+    assert (np.asarray(slots.slot[0])[expert == EXPERTS] == 21).all()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_bias_moves_the_choice_and_neither_weight_nor_gradient(k):
+    logits, valid = example(7)
+    bias = jnp.asarray([0.0, -2.0, 0.3, 0.0])
+    p = np.asarray(jax.nn.softmax(logits))
+    choice = routing.route(logits, valid, k, bias)
+    expected = np.argsort(-(p + np.asarray(bias)), -1, kind="stable")[..., :k]
+    np.testing.assert_array_equal(choice.expert_index, expected)
+    assert (expected != np.asarray(routing.route(logits, valid, k).expert_index)).any()
+    weight = np.take_along_axis(p, expected, -1)
+    weight = weight / weight.sum(-1, keepdims=True) if k > 1 else weight
+    np.testing.assert_allclose(choice.weight, np.where(valid[..., None], weight, 0), rtol=1e-5)
+    to_bias = jax.grad(lambda bias: (routing.route(logits, valid, k, bias).weight ** 2).sum())(bias)
+    assert not to_bias.any()
+    shifted = routing.route(logits, valid, k, bias + 1.0)
+    np.testing.assert_array_equal(shifted.expert_index, expected)
+
+
+@pytest.mark.parametrize("k", [1, 2])
 def test_weights_and_their_gradients_are_those_of_the_sorted_softmax(k):
     logits, valid = example(1)
 
