@@ -1,6 +1,7 @@
 """The sparse layer: nothing dropped in evaluation, and the mesh's collectives."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -78,27 +79,91 @@ def test_jitter_only_moves_the_router_and_only_in_training():
     assert float(jnp.abs(run(jax.random.key(0)) - run(jax.random.key(1))).max()) > 1e-4
 
 
-MESHES = [{"expert": 8}, {"data": 2, "expert": 4}, {"data": 2, "tensor": 4}, {"fsdp": 8}]
+@functools.partial(jax.jit, static_argnames="layer")
+def loss_and_gradients(params, x, valid, layer=LAYER):
+    """A loss of outputs and router losses, its figures, and its gradients to parameters and inputs."""
+
+    def objective(params, x):
+        y, state = layer.apply({"params": params}, x, valid, False, mutable=["router"])
+        figures = state["router"]["statistics"][0]
+        return (jnp.sin(y) * x).sum() + figures.balance_loss.mean() + figures.z_loss.mean(), figures
+
+    return jax.value_and_grad(objective, (0, 1), has_aux=True)(params, x)
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=str)
-def test_two_exchanges_per_layer_and_the_values_of_one_device(axes):
-    x, valid = tokens(8, 8)
-    params = parameters()
-    expected, figures = apply(params, x, valid, False)
-    mesh = partitioning.make_mesh(partitioning.MeshConfig(**{"data": 1} | axes))
+def layer_of(experts, dispatch):
+    if dispatch == "expert_choice":
+        return LAYER.clone(num_experts=experts, routing="expert_choice")
+    return LAYER.clone(num_experts=experts, dispatch=dispatch)
+
+
+@functools.cache
+def on_one_device(experts, dispatch):
+    layer = layer_of(experts, dispatch)
+    params = parameters(layer)
+    return params, loss_and_gradients(params, *tokens(8, 8), layer=layer)
+
+
+PLACES = [
+    ({"expert": 8}, 8, "buckets"),
+    ({"expert": 8}, 64, "buckets"),
+    ({"expert": 4}, 8, "buckets"),
+    ({"data": 2, "expert": 4}, 8, "buckets"),
+    ({"data": 2, "expert": 2, "tensor": 2}, 8, "buckets"),
+    ({"fsdp": 8}, 8, "buckets"),
+    ({"data": 2, "expert": 4}, 8, "dropless"),
+    ({"data": 2, "expert": 2, "tensor": 2}, 8, "dropless"),
+    ({"data": 2, "expert": 4}, 8, "expert_choice"),
+]
+
+
+def mesh_of(axes):
+    config = partitioning.MeshConfig(**{"data": 1} | axes)
+    return partitioning.make_mesh(config, jax.devices()[: int(np.prod(list(axes.values())))])
+
+
+@pytest.mark.parametrize("axes,experts,dispatch", PLACES, ids=str)
+def test_loss_and_gradients_are_those_of_one_device(axes, experts, dispatch):
+    params, expected = on_one_device(experts, dispatch)
+    mesh = mesh_of(axes)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(tokens(8, 8), partitioning.batch_sharding(mesh))
+        sharded = loss_and_gradients(params, *batch, layer=layer_of(experts, dispatch))
+    figures = expected[0][1]
+    assert bool(figures.dropped.any()) == (dispatch != "dropless")  # where capacity binds, the groups are the same
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), sharded, expected)
+
+
+def collectives(program, name):
+    """Replica groups of each collective of this name in a compiled program."""
+    lines = [line for line in program.splitlines() if f" {name}(" in line or f" {name}-start(" in line]
+    groups = [re.search(r"replica_groups=(\{\{.*?\}\}|\[.*?\]<=\[[^,]*?\][^,]*)", line).group(1) for line in lines]
+    return [group.replace(" ", "") for group in groups]
+
+
+EXCHANGES = {  # mesh, replica groups of the two exchanges, and of the sum over tensor
+    "expert=8": ({"expert": 8}, "{{0,1,2,3,4,5,6,7}}", None),
+    "data=2 expert=4": ({"data": 2, "expert": 4}, "{{0,1,2,3},{4,5,6,7}}", None),
+    "data=2 expert=2 tensor=2": (
+        {"data": 2, "expert": 2, "tensor": 2}, "{{0,2},{1,3},{4,6},{5,7}}", "{{0,1},{2,3},{4,5},{6,7}}"
+    ),
+    "fsdp=8": ({"fsdp": 8}, None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", EXCHANGES)
+def test_a_forward_pass_exchanges_twice_and_gathers_nothing(place):
+    axes, exchanged, summed = EXCHANGES[place]
+    mesh = mesh_of(axes)
     with jax.set_mesh(mesh):
         rows = partitioning.batch_sharding(mesh)
-        compiled = jax.jit(lambda p, x, v: apply(p, x, v, False)).lower(
-            params, *(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows) for a in (x, valid))
-        )
-        compiled = compiled.compile()
-        y, sharded_figures = compiled(params, jax.device_put(x, rows), jax.device_put(valid, rows))
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), figures, sharded_figures)
-    program = compiled.as_text()
-    assert program.count(" all-to-all(") == (2 if axes.get("expert") else 0)
-    assert program.count(" all-reduce(") == (1 if axes.get("tensor") else 0)
+        batch = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows) for a in tokens(8, 8)]
+        layer = LAYER.clone(k=2)  # top_k is what the compiler would gather for
+        program = jax.jit(lambda p, x, v: apply(p, x, v, False, layer)).lower(parameters(), *batch).compile().as_text()
+    assert collectives(program, "all-to-all") == ([exchanged] * 2 if exchanged else [])
+    assert collectives(program, "all-reduce") == ([summed] if summed else [])
+    for name in ("all-gather", "reduce-scatter", "collective-permute"):
+        assert collectives(program, name) == []
 
 
 def test_exact_path_on_a_mesh():
@@ -111,6 +176,14 @@ def test_exact_path_on_a_mesh():
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(odd, expected[:3], rtol=1e-5, atol=1e-6)
     assert not figures.dropped.any()
+
+
+def test_chosen_tokens_of_a_row_do_not_depend_on_its_batch_mates():
+    layer = LAYER.clone(routing="expert_choice")
+    params, (x, valid) = parameters(), tokens()
+    alone = apply(params, x[1:2], valid[1:2], layer=layer)[0]
+    np.testing.assert_allclose(apply(params, x, valid, layer=layer)[0][1:2], alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(apply(params, x, valid, False, layer=layer)[0][1:2], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_what_does_not_divide_is_an_error():
