@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import signal
 import time
@@ -37,9 +38,11 @@ def run(model_dir: str | Path, mesh=None, at: int | None = None, then=None, asyn
     index, count = jax.process_index(), jax.process_count()
 
     def data(start, at=None):
-        for rows in toy.data(start, at, then):
-            size = len(rows["x"]) // count
-            yield {name: value[index * size : (index + 1) * size] for name, value in rows.items()}
+        for position in itertools.count(start):
+            if position == at:
+                then()
+            size = 16 // count
+            yield {name: value[index * size : (index + 1) * size] for name, value in toy.rows(position, 16).items()}
 
     return loop.train(
         toy.Toy(width=256, steps=(12, 18)),  # wide enough for arrays in files of their process
