@@ -92,7 +92,7 @@ def soak(folder: Path, kills: int, rng: random.Random) -> int:
     while done < kills:
         process = start(killed, cache, log)
         starts += 1
-        wait = rng.uniform(0.1, 0.8) * whole
+        wait = rng.uniform(0.1, 0.6) * whole
         try:
             process.wait(wait)
         except subprocess.TimeoutExpired:
