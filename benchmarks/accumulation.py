@@ -14,46 +14,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
-import time
 
 import jax
 import numpy as np
-from train_step import SHAPES, Shape, make_batch
+from compiled_step import CompiledStep, medians
+from train_step import SHAPES, make_batch
 
-from expertrag_jax import partitioning
 from expertrag_jax.systems.closed_book import ClosedBook
-from expertrag_jax.training import optimizer, phases
-from expertrag_jax.training.state import Layout
-from expertrag_jax.training.step import make_train_step
-
-
-class Runner:
-    """The compiled step at one number of micro-batches; ``run(n)`` gives seconds of wall and process CPU per step."""
-
-    def __init__(self, shape: Shape, microbatches: int):
-        system = ClosedBook(shape.config, optimizer=lambda: optimizer.adafactor(1e-3))
-        phase, self.mesh = system.phases[0], partitioning.make_mesh()
-        with jax.set_mesh(self.mesh):
-            layout = Layout(system, self.mesh)
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, layout.abstract_state(phase))
-            step = make_train_step(
-                phase.loss, phase.make_optimizer(), phase.trainable,
-                microbatches=microbatches, state_shardings=shardings,
-            )  # fmt: skip
-            self.batch = partitioning.global_batch(make_batch(shape), self.mesh)
-            self.state = phases.enter(layout.initial_params(system, 0), 0, 0, phase, layout)
-            self.step = step.lower(self.state, self.batch).compile()
-        self.temp_bytes = self.step.memory_analysis().temp_size_in_bytes
-        self.parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.params))
-
-    def run(self, steps: int) -> tuple[float, float]:
-        with jax.set_mesh(self.mesh):
-            wall, cpu = time.perf_counter(), time.process_time()
-            for _ in range(steps):
-                self.state, metrics = self.step(self.state, self.batch)
-            jax.block_until_ready((self.state, metrics))
-        return (time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps
+from expertrag_jax.training import optimizer
 
 
 def fixed_and_shrinking(temp_bytes: dict[int, int]) -> tuple[float, float]:
@@ -81,24 +49,20 @@ def main() -> None:
     shape = SHAPES[options.shape]
     config = dataclasses.replace(shape.config, num_experts=options.experts)
     shape = dataclasses.replace(shape, config=config, batch=options.batch)
-    runners = {n: Runner(shape, n) for n in options.microbatches}
-    for runner in runners.values():
-        runner.run(1)  # warms up
-    times: dict[int, list] = {n: [] for n in runners}
-    for _ in range(options.rounds):
-        for n, runner in runners.items():
-            times[n].append(runner.run(options.steps))
-    fixed, shrinking = fixed_and_shrinking({n: runner.temp_bytes for n, runner in runners.items()})
+    system = ClosedBook(config, optimizer=lambda: optimizer.adafactor(1e-3))
+    compiled = {n: CompiledStep(system, make_batch(shape), n) for n in options.microbatches}
+    times = medians(compiled, options.rounds, options.steps)
+    fixed, shrinking = fixed_and_shrinking({n: step.temp_bytes for n, step in compiled.items()})
     rows = []
-    for n, runner in runners.items():
-        wall, cpu = (statistics.median(column) for column in zip(*times[n]))
+    for n, step in compiled.items():
+        wall, cpu = times[n]
         rows.append(
             {
                 "microbatches": n, "shape": options.shape, "experts": options.experts, "batch": options.batch,
                 "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-                "parameter_bytes": runner.parameter_bytes, "temp_bytes": runner.temp_bytes,
-                "temp_bytes_ratio": runner.temp_bytes / runners[options.microbatches[0]].temp_bytes,
-                "fixed_bytes": fixed, "shrunk": shrinking / max(1.0, runner.temp_bytes - fixed),
+                "parameter_bytes": step.parameter_bytes, "temp_bytes": step.temp_bytes,
+                "temp_bytes_ratio": step.temp_bytes / compiled[options.microbatches[0]].temp_bytes,
+                "fixed_bytes": fixed, "shrunk": shrinking / max(1.0, step.temp_bytes - fixed),
                 "ms_per_step": 1000 * wall, "cpu_ms_per_step": 1000 * cpu,
             }
         )  # fmt: skip
