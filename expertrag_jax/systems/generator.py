@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 from expertrag_jax.batch import Batch
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.transformer import DecoderCache, Memory, Transformer, empty_cache
+from expertrag_jax.moe.statistics import RouterStatistics
 
 Array = jax.Array
 ROUTER_METRICS = ("balance_loss", "z_loss", "dropped", "entropy", "confidence")
+LAYER_METRICS = ("dropped", "entropy", "confidence")
 
 
 def cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Array:
@@ -41,19 +44,21 @@ def cross_entropy(logits: Array, targets: Array, label_smoothing: float = 0.0, z
 
 
 def router_losses(collection: Any, balance_factor: float, z_factor: float) -> tuple[Array, dict]:
-    """Balance and z-loss over all sparse layers, and the load metrics.
+    """Balance and z-loss over all sparse layers, and what is logged of the routing.
 
     Args:
       collection: the variables of ``router`` (empty for a dense model).
       balance_factor: T5X's AUX_LOSS_FACTOR. z_factor: ROUTER_Z_LOSS_FACTOR.
     Returns:
-      (scalar, metrics). Layers and groups that hold a token count equally.
+      (scalar, metrics). In the scalar, layers and groups that hold a token count equally. Metrics: means over layers
+      and groups under ``router/<name>``; one row per sparse layer, in the order of the model (encoder first where the
+      collection has it first), of ``router/load`` [layers, E] and ``router/layer_<name>`` [layers], means over tokens.
     """
-    layers = jax.tree.leaves(collection, is_leaf=lambda leaf: hasattr(leaf, "balance_loss"))
+    layers = sparse_layers(collection)
     if not layers:
         return jnp.zeros(()), {}
 
-    def flat(name):  # scanned layers carry one more leading axis
+    def flat(name):
         return jnp.concatenate([getattr(layer, name).reshape(-1) for layer in layers])
 
     full = (flat("tokens") > 0).astype(jnp.float32)
@@ -64,11 +69,29 @@ def router_losses(collection: Any, balance_factor: float, z_factor: float) -> tu
 
     loss = (balance_factor * total("balance_loss") + z_factor * total("z_loss")) / count
     metrics = {f"router/{name}": (total(name), count) for name in ROUTER_METRICS}
-    # One row per sparse layer [layers, E]: the share of the layer's tokens that each expert received.
-    load = [(layer.load * layer.tokens[..., None]).sum(-2) for layer in layers]
-    load = jnp.concatenate([rows.reshape(-1, rows.shape[-1]) for rows in load])
+
+    def by_layer(name):
+        def one(layer):  # scanned layers carry one more leading axis: [blocks, G] tokens
+            values = getattr(layer, name)
+            trailing = values.shape[layer.tokens.ndim :]
+            weights = layer.tokens.reshape(layer.tokens.shape + (1,) * len(trailing))
+            return (values * weights).sum(layer.tokens.ndim - 1).reshape(-1, *trailing)
+
+        return jnp.concatenate([one(layer) for layer in layers])
+
     tokens = jnp.concatenate([layer.tokens.sum(-1).reshape(-1) for layer in layers])
-    return loss, metrics | {"router/load": (load, tokens[:, None])}
+    metrics |= {f"router/layer_{name}": (by_layer(name), tokens) for name in LAYER_METRICS}
+    return loss, metrics | {"router/load": (by_layer("load"), tokens[:, None])}
+
+
+def sparse_layers(collection: Any) -> list[RouterStatistics]:
+    """The sowed statistics in the order of the model: ``layers_10`` after ``layers_9``, a tuple's parts as they are."""
+    leaves = jax.tree_util.tree_flatten_with_path(collection, is_leaf=lambda x: isinstance(x, RouterStatistics))[0]
+
+    def position(path):
+        return [(int(n) if (n := re.sub(r"\D", "", str(key))) else 0, str(key)) for key in path]
+
+    return [leaf for _, leaf in sorted(leaves, key=lambda pair: position(pair[0]))]
 
 
 def initial_parameters(config: TransformerConfig, rng: Array) -> dict:

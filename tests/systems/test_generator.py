@@ -50,12 +50,28 @@ def test_router_losses_average_layers_and_groups_that_hold_tokens():
     total, count = metrics["router/load"]
     mean = [(figures.load * figures.tokens[:, None]).sum(0) / figures.tokens.sum() for figures in (decoder, encoder)]
     np.testing.assert_allclose(total / count, mean, rtol=1e-5)
+    for name in ("dropped", "entropy", "confidence"):
+        total, count = metrics[f"router/layer_{name}"]
+        rows = [(getattr(layer, name) * layer.tokens).sum() / layer.tokens.sum() for layer in (decoder, encoder)]
+        np.testing.assert_allclose(total / count, rows, rtol=1e-5)
+        assert metrics[f"router/{name}"][0].ndim == 0
     # Two scanned layers carry one more leading axis and give the same.
     same = jax.tree.map(lambda a, b: np.stack([a, b]), decoder, decoder)
     scanned = generator.router_losses({"statistics": (same,)}, 0.5, 2.0)
     flat = generator.router_losses({"a": (decoder,), "b": (decoder,)}, 0.5, 2.0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scanned, flat)
     assert generator.router_losses({}, 1.0, 1.0) == (0.0, {})
+
+
+def test_rows_of_layers_come_in_the_order_of_the_model():
+    def layer(load):
+        figures = {name: np.ones(1) for name in ("tokens", *generator.ROUTER_METRICS)}
+        return RouterStatistics(load=np.array([[load, 1 - load]], np.float32), **figures)
+
+    encoder = {"encoder": {f"layers_{i}": {"mlp": {"statistics": (layer(i / 20),)}} for i in (11, 1, 9)}}
+    decoder = {"decoder": {"layers_1": {"mlp": {"statistics": (layer(0.9),)}}}}
+    load = generator.router_losses((encoder, decoder), 1.0, 1.0)[1]["router/load"][0]
+    np.testing.assert_allclose(load[:, 0], [1 / 20, 9 / 20, 11 / 20, 0.9], rtol=1e-5)
 
 
 def rows(size):
