@@ -179,7 +179,7 @@ def test_exact_path_on_a_mesh():
 
 
 def test_chosen_tokens_of_a_row_do_not_depend_on_its_batch_mates():
-    layer = LAYER.clone(routing="expert_choice")
+    layer = LAYER.clone(routing="expert_choice", group_size=32)  # a row is 8 tokens
     params, (x, valid) = parameters(), tokens()
     alone = apply(params, x[1:2], valid[1:2], layer=layer)[0]
     np.testing.assert_allclose(apply(params, x, valid, layer=layer)[0][1:2], alone, rtol=1e-5, atol=1e-6)
