@@ -34,7 +34,7 @@ def calibrate(
     checkpoint_path: str | None = None,
     index_dir: str | None = None,
     rule: str = "squad1",
-    tolerance: float = 0.005,
+    tolerance: float = 0.003,
     overwrite: bool = False,
 ) -> gate_training.Calibration:
     """Fits Platt's line and chooses the threshold; see ``gate_training.calibrate``.

@@ -127,7 +127,7 @@ class Calibration:
 
 
 def calibrate(
-    p_ret: np.ndarray, correct_without: np.ndarray, correct_with: np.ndarray, tolerance: float = 0.005
+    p_ret: np.ndarray, correct_without: np.ndarray, correct_with: np.ndarray, tolerance: float = 0.003
 ) -> Calibration:
     """Fits Platt's line and chooses the threshold on N validation questions.
 
