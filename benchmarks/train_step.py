@@ -96,10 +96,10 @@ class Runner:
     """A compiled step and its state; ``run(n)`` takes n steps and returns seconds of wall and of process CPU."""
 
     def __init__(
-        self, config: TransformerConfig, shape: Shape, mesh: partitioning.MeshConfig = partitioning.MeshConfig()
+        self, config: TransformerConfig, shape: Shape, mesh: partitioning.MeshConfig | None = None
     ):
         system = ClosedBook(config, optimizer=lambda: optimizer.adafactor(1e-3))
-        phase, self.mesh = system.phases[0], partitioning.make_mesh(mesh)
+        phase, self.mesh = system.phases[0], partitioning.make_mesh(mesh or partitioning.MeshConfig())
         with jax.set_mesh(self.mesh):
             layout = Layout(system, self.mesh)
             self.state = phases.enter(layout.initial_params(system, 0), 0, 0, phase, layout)
