@@ -109,8 +109,12 @@ def gradients_of(objective: Loss, variables: Any, batch: Any, rng: jax.Array, mi
         return scalar, metrics, gradients
 
     def part(batch_and_index):
-        batch, index = batch_and_index
-        (scalar, metrics), gradients = gradient(variables, batch, jax.random.fold_in(rng, index))
+        here, (batch, index) = variables, batch_and_index
+        if partitioning.mesh_axis_sizes()["fsdp"] > 1:
+            # Bound to the micro-batch, lest the compiler gather all parameters once, ahead of the loop, and keep them:
+            # gathered where they are used, they are freed again.
+            here, batch = jax.lax.optimization_barrier((variables, batch))
+        (scalar, metrics), gradients = gradient(here, batch, jax.random.fold_in(rng, index))
         weight = units(metrics)
         # A micro-batch without units counts for nothing, even where its mean is 0 / 0.
         return jax.tree.map(lambda x: jnp.where(weight == 0, 0, x * weight), (scalar, gradients)), metrics

@@ -1,5 +1,7 @@
 """The train step against plain JAX."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,21 @@ def test_micro_batches_lower_the_memory_in_proportion(toy):
         compiled = train_step.lower(layout.abstract_state(phase), batch).compile()
         temporary[microbatches] = compiled.memory_analysis().temp_size_in_bytes
     assert temporary[16] < 0.3 * temporary[4] and temporary[4] < 0.5 * temporary[1]
+
+
+def test_micro_batches_gather_split_parameters_where_they_are_used(toy):
+    """Ahead of the loop over micro-batches they would all be there at once."""
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(data=1, fsdp=2), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        phase, batch = Phase("p", 1, toy.loss, optax.sgd(0.1)), toy.rows(3, 16)
+        state = Layout(toy.Toy(), mesh).abstract_state(phase)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        train_step = step.make_train_step(
+            phase.loss, phase.make_optimizer(), microbatches=4, state_shardings=shardings
+        )
+        text = train_step.lower(state, partitioning.global_batch(batch, mesh)).compile().as_text()
+    gathers = [line for line in text.splitlines() if re.search(r"= f32\[[\d,]+\]\S* all-gather\(", line)]
+    assert gathers and not [line for line in gathers if line in text[text.index("\nENTRY") :]]
 
 
 def test_gradient_and_update_are_plain_jax(toy, layout):
