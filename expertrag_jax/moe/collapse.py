@@ -17,8 +17,8 @@ ADVICE = (
 class CollapseAlarm:
     """Watches a run's records for layers where fewer than half of the experts take ``share`` of the tokens.
 
-    The load is averaged over the records of the last ``window`` steps, so that a batch of one kind is no alarm. A layer
-    is named once when it collapses and may be named again after it has recovered.
+    The load is averaged over the records of the last ``window`` steps, so that a batch of one kind is no alarm; nothing
+    is said before as many have passed. A layer is named once when it collapses, and again if it does after it recovered.
     """
 
     def __init__(self, window: int = 200, share: float = 0.95):
@@ -26,6 +26,7 @@ class CollapseAlarm:
         self._window, self._share = window, share
         self._loads: collections.deque = collections.deque()  # (step, [layers, E])
         self._collapsed: set[int] = set()
+        self._first: int | None = None  # step of the first record
 
     def observe(self, record: Mapping[str, Any]) -> list[str]:
         """Takes a record of the log (``step``, ``router/load`` [layers][E]) and gives its warnings, mostly none."""
@@ -35,9 +36,13 @@ class CollapseAlarm:
         if self._loads and self._loads[-1][1].shape != load.shape:  # another phase, another model
             self._loads.clear()
             self._collapsed.clear()
+            self._first = step
+        self._first = step if self._first is None else self._first
         self._loads.append((step, load))
         while self._loads[0][0] <= step - self._window:
             self._loads.popleft()
+        if step - self._first < self._window:
+            return []
         mean = np.mean([load for _, load in self._loads], axis=0)
         busy = experts_taking(mean, self._share)
         low = {layer for layer, count in enumerate(busy.tolist()) if 2 * count < mean.shape[1]}

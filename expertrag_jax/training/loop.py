@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
+from expertrag_jax.moe.collapse import CollapseAlarm
 from expertrag_jax.systems.description import other_architecture
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import phases as phases_lib
@@ -184,6 +186,7 @@ class Run:
     microbatches: int
     checkpoint_period: int
     log_period: int
+    alarm: CollapseAlarm = dataclasses.field(default_factory=CollapseAlarm)
 
     def phase(self, state: TrainState, index: int) -> TrainState:
         """The remaining steps of a phase; the device is one step ahead of everything that is looked at."""
@@ -199,7 +202,9 @@ class Run:
             self.watch.add(step, metrics, batch)
             last = phase_step == phase.steps
             if step % self.log_period == 0 or last:
-                self.telemetry.log(step, phase.name, phase_step, self.watch.take())
+                record = self.telemetry.log(step, phase.name, phase_step, self.watch.take())
+                for warning in self.alarm.observe(record):
+                    logging.warning("%s", warning)
             self.run_hooks(state, step, phase, last)
             stop = self.interruption.requested(step)
             if step % self.checkpoint_period == 0 or last or stop:
