@@ -9,7 +9,8 @@ does ``python -m expertrag_jax.train ...``, for the module ends with::
 
 Its flags are described in `job_flags`, several processes in `processes`. Exit codes: 0 done; 2 bad input
 (``error: <sentence>`` on standard error, a traceback only with ``--debug``); 75 hung, with ``hang_abort``; 130
-interrupted; 1 a defect of the program, with its traceback. Of several processes process 0 alone tells what all do; errors are told by each.
+interrupted; 1 a defect of the program, with its traceback. Of several processes process 0 alone tells what all do;
+errors are told by each.
 """
 
 from __future__ import annotations

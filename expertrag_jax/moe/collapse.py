@@ -18,7 +18,8 @@ class CollapseAlarm:
     """Watches a run's records for layers where fewer than half of the experts take ``share`` of the tokens.
 
     The load is averaged over the records of the last ``window`` steps, so that a batch of one kind is no alarm; nothing
-    is said before as many have passed. A layer is named once when it collapses, and again if it does after it recovered.
+    is said before as many have passed. A layer is named once when it collapses, and again when it has recovered and
+    does so once more.
     """
 
     def __init__(self, window: int = 200, share: float = 0.95):

@@ -126,6 +126,18 @@ def test_prepare_sees_parameters_and_makes_the_batch(run, toy, tmp_path):
     assert seen == [(8, 8)] * 2
 
 
+def test_collapsed_experts_are_warned_of(run, toy, caplog):
+    def loss(params, batch, rng):
+        scalar, metrics = toy.loss(params, batch, rng)
+        load = np.eye(1, 8, dtype=np.float32)  # one layer, all tokens to the first of eight experts
+        return scalar, metrics | {"router/load": (load, np.ones((1, 1), np.float32))}
+
+    phase = loop.Phase("body", 240, loss, toy.Toy().phases[0].optimizer)
+    run(phases=(phase,), log_period=20)
+    told = [record.message for record in caplog.records if "Experts collapse" in record.message]
+    assert len(told) == 1 and "1 of 8" in told[0]
+
+
 def test_a_directory_with_something_else_in_it_is_left_alone(run, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.tex").write_text("mine")
