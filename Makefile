@@ -3,6 +3,7 @@
 BIN := .venv/bin
 SETUP := .venv/.complete
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test golden soak lint clean
@@ -13,9 +14,8 @@ help: ## list the targets
 demo: $(SETUP) ## the almanac: from nothing to a trained, gated, evaluated and exported ExpertRAG (10 minutes)
 	$(BIN)/expertrag demo --gin_file=runs/almanac.gin
 
-test: $(SETUP) ## unit tests, then the end-to-end ones (EXPERTRAG_DATA=folder adds those on real text)
-	$(PYTEST) tests --ignore=tests/end_to_end
-	if [ -d tests/end_to_end ]; then $(PYTEST) tests/end_to_end; fi
+test: $(SETUP) ## unit and end-to-end tests (EXPERTRAG_DATA=folder adds those on real text; WORKERS=1 for less memory)
+	$(PYTEST) tests -n $(WORKERS) --dist loadfile
 
 golden: $(SETUP) ## rewrite the golden files that tests compare with
 	JAX_PLATFORMS=cpu $(BIN)/python tests/golden_shardings.py

@@ -66,7 +66,7 @@ setup(
         # Beam's protobuf agrees with this SentencePiece, constraints.txt has another: leave it out for Beam.
         "beam": ["apache-beam", "sentencepiece==0.2.1", "google-crc32c"],
         "t5x": ["t5x @ git+https://github.com/google-research/t5x"],  # not on the package index
-        "test": ["pytest>=8", "ruff>=0.9", "scipy>=1.14"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "scipy>=1.14"],
     },
     entry_points={"console_scripts": ["expertrag = expertrag_jax.main:main"]},
 )

@@ -14,6 +14,13 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 
+SLOW_FILES = ("test_demo", "test_jobs", "test_text_path", "test_training", "test_restart", "test_command")
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files first: of several workers none is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in SLOW_FILES)
+
 
 @pytest.fixture(scope="session")
 def tiny_model():
