@@ -226,17 +226,21 @@ class Transformer(nn.Module):
 
     def logits(self, inputs: Array, segments: Array, memory: Memory, deterministic: bool = True) -> Array:
         """Decoder inputs [B, T] int32 -> logits [B, T, vocab] float32; segments 0 marks padding."""
-        y = self.decoder(self.token_embedder(inputs, self.dtype), segments, memory, deterministic)
-        return self._output(y)
+        return self.output(self.decode(inputs, segments, memory, deterministic))
+
+    def decode(self, inputs: Array, segments: Array, memory: Memory, deterministic: bool = True) -> Array:
+        """Decoder inputs [B, T] int32 -> states [B, T, D], which ``output`` makes logits of."""
+        return self.decoder(self.token_embedder(inputs, self.dtype), segments, memory, deterministic)
 
     def step(self, tokens: Array, memory: Memory, cache: DecoderCache, valid: Array | None = None):
         """One position: tokens [B] int32 -> (logits [B, vocab] float32, cache)."""
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
         y = self.token_embedder(tokens[:, None], self.dtype)
         y, cache = self.decoder.step(y, memory, cache, valid)
-        return self._output(y)[:, 0], cache
+        return self.output(y)[:, 0], cache
 
-    def _output(self, y: Array) -> Array:
+    def output(self, y: Array) -> Array:
+        """Decoder states [B, T, D] -> logits [B, T, vocab] float32."""
         if self.config.logits_via_embedding:
             logits = self.token_embedder.attend(y) / self.config.embed_dim**0.5
         else:

@@ -23,7 +23,7 @@ def test_decoder_is_causal_by_gradient(sparse, tiny):
 
         def from_vectors(self, vectors, memory):
             states = self.decoder(vectors, jnp.ones(vectors.shape[:2], jnp.int32), memory, True)
-            return self._output(states)
+            return self.output(states)
 
     def run(vectors):
         encoded = tiny.call(settings, params, questions, method="encode")
