@@ -16,6 +16,7 @@ from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.layers import Dense
 
 Array = jax.Array
+RELEVANCE = "relevance"  # the collection for ``weighted_attention``, where the caller makes it mutable
 
 
 def relative_bucket(distance: Array, bidirectional: bool, buckets: int, max_distance: int) -> Array:
@@ -95,6 +96,18 @@ def softmax_mix(query: Array, keys: Array, values: Array, bias: Array) -> Array:
     return (mixed / weights.sum(-1, keepdims=True)).astype(values.dtype).transpose(0, 2, 1, 3)
 
 
+def weighted_attention(query: Array, keys: Array, values: Array, bias: Array) -> Array:
+    """Attention weights times the lengths of the value vectors, averaged over heads (Atlas, arXiv 2208.03299, eq. 1).
+
+    Args: as for ``softmax_mix``.
+    Returns:
+      [B, L, M] float32: how much of what query l gets comes from place m.
+    """
+    scores = jnp.einsum("blha,bmha->bhlm", query, keys, preferred_element_type=jnp.float32) + bias
+    lengths = jnp.linalg.norm(values.astype(jnp.float32), axis=-1)
+    return jnp.einsum("bhlm,bmh->blm", jax.nn.softmax(scores, axis=-1), lengths) / query.shape[2]
+
+
 class Attention(nn.Module):
     """Multi-head attention without query scaling (T5 puts 1/sqrt(A) into the initialiser)."""
 
@@ -117,6 +130,8 @@ class Attention(nn.Module):
     def attend(self, x: Array, keys: Array, values: Array, bias: Array, deterministic: bool = True) -> Array:
         """x [B, L, D] over keys, values [B, M, H, A] with additive bias -> [B, L, D]."""
         query = self.query(x).reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+        if self.is_mutable_collection(RELEVANCE) and not self.is_initializing():
+            self.sow(RELEVANCE, "weighted", weighted_attention(query, keys, values, bias))
         if deterministic:
             mixed = softmax_mix(query, keys, values, bias)
         else:

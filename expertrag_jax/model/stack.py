@@ -64,7 +64,7 @@ def run_layers(
 
     scanned = nn.scan(
         block_body,
-        variable_axes={"params": 1, "router": 0},
+        variable_axes={"params": 1, "router": 0, "relevance": 0},
         split_rngs={"params": True, "dropout": True, "jitter": True},
         length=depth // config.block_size,
         metadata_params={nn.PARTITION_NAME: "layers"},

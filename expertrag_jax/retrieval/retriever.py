@@ -145,6 +145,20 @@ class Retriever:
         return self.loaded.index.search(Queries(texts, vectors), k)
 
 
+def stored_vectors(retriever: Retriever) -> Callable[[np.ndarray], np.ndarray]:
+    """Rows [..., K] int32 -> vectors [..., K, D] float32 of the retriever's index, for training on its candidates.
+
+    Raises:
+      UserError: the index has no vectors.
+    """
+    if retriever.loaded.vectors is None:
+        raise UserError(
+            f"the {retriever.loaded.manifest.kind} index at {retriever.loaded.directory} has no vectors: build one "
+            "with --retriever, the dual encoder that is to learn"
+        )
+    return retriever.vectors_of
+
+
 def encode_batches(
     encode: Callable[[np.ndarray], Any],
     tokens: np.ndarray,
