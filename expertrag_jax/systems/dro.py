@@ -1,0 +1,386 @@
+"""DRO, Direct Retrieval-augmented Optimization (arXiv 2505.03075): a selector and a generator, trained by EM.
+
+A retriever gives n candidate passages for a question x. A *selector* p(z|x) reads them all and emits an ordered choice
+z of K distinct ones, the paper's document permutation; a *generator* p(y|x, z) reads the chosen passages in that order
+and answers. The choice is a latent variable, and training alternates:
+
+* estimation: m choices per question are drawn from the selector and weighed, w_i proportional to
+  p(y|x, z_i) p(z_i|x) / proposal(z_i), sum 1;
+* maximization: the selector maximises sum_i w_i log p(z_i|x), the generator sum_i w_i log p(y|x, z_i).
+
+Both are T5s, the generator at the root of the parameters and the selector under ``selector/``. Both encode every
+candidate on its own together with the question (fusion-in-decoder, arXiv 2007.01282): a small reader of concatenated
+passages does not learn which one to read, and a passage is encoded once whatever number of choices holds it. Encoders
+do not know the order; an embedding is added to a passage's states behind the encoder: for the selector its identifier,
+which is also what the selector's decoder emits; for the generator its place in the choice, as a prompt would number
+the passages. Identifiers are the last n rows of the selector's embedding and places the last K of the generator's.
+
+Before EM comes a warm-up: the generator learns on the K passages retrieved first, then the selector to choose the K
+candidates under which, each read alone, the generator finds the answer likeliest.
+
+Shapes: B questions, n candidates, m samples, K chosen, P reader input, T answer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from expertrag_jax.batch import Batch
+from expertrag_jax.errors import UserError
+from expertrag_jax.model import fusion
+from expertrag_jax.model.config import TransformerConfig
+from expertrag_jax.model.transformer import DecoderCache, Memory
+from expertrag_jax.systems import generator, permutations
+from expertrag_jax.systems.expert_rag import ExpertRAG, Question
+from expertrag_jax.systems.system import Phase
+
+Array = jax.Array
+GENERATOR, SELECTOR, PREVIOUS = "(token_embedder|encoder|decoder)/.*", "selector/.*", "previous/.*"
+
+
+@struct.dataclass
+class Estimate:
+    """The E-step of B questions.
+
+    Attributes:
+      choices: [B, m, K] int32. weights: [B, m] float32, sum 1.
+      log_likelihood, log_prior, log_proposal: [B, m] float32, of the choices; see ``permutations``.
+    """
+
+    choices: Array
+    weights: Array
+    log_likelihood: Array
+    log_prior: Array
+    log_proposal: Array
+
+
+@struct.dataclass
+class Candidates:
+    """B questions' candidates, encoded by one of the two models.
+
+    Attributes:
+      states: [B, n, P, D]. mask: [B, n, P] bool. present: [B, n] bool.
+      router: the encoder's router collection.
+    """
+
+    states: Array
+    mask: Array
+    present: Array
+    router: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class DRO:
+    """The system; every field is a gin value. Defaults are the paper's.
+
+    Attributes:
+      model: the generator's sizes. selector: the selector's; None: the generator's.
+      num_candidates: n. num_selected: K. num_samples: m. iterations: N.
+      online: both steps of EM in each training step. Otherwise the E-step's choices and weights are those of the
+        parameters at the iteration's start, which are kept under ``previous/``.
+      temperature, top_p: of the proposal, see ``permutations.sample``.
+      max_target_length, label_smoothing, z_loss, balance_loss_factor, router_z_loss_factor: as in ``ExpertRAG``;
+        smoothing and z-loss are the M-step's, never the weights'.
+      warm_generator_steps, warm_selector_steps, iteration_steps: optimizer steps of the warm-ups and of each
+        maximization; an epoch of the questions each in the paper.
+      warm_optimizer, optimizer: of the warm-ups, and of maximization.
+    """
+
+    model: TransformerConfig
+    selector: TransformerConfig | None = None
+    num_candidates: int = 20
+    num_selected: int = 5
+    num_samples: int = 8
+    iterations: int = 5
+    online: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_target_length: int = 16
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    balance_loss_factor: float = 0.01
+    router_z_loss_factor: float = 0.0
+    warm_generator_steps: int = 1000
+    warm_selector_steps: int = 1000
+    iteration_steps: int = 1000
+    warm_optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adamw(1e-5)
+    optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adamw(1e-5)
+
+    def __post_init__(self):
+        if not 1 <= self.num_selected <= self.num_candidates:
+            raise UserError(
+                f"num_selected is {self.num_selected}: it must lie between 1 and num_candidates={self.num_candidates}."
+            )
+        if self.num_samples < 1 or self.iterations < 0:
+            raise UserError(
+                f"num_samples is {self.num_samples} and iterations {self.iterations}: give 1 or more, and 0 or more."
+            )
+        if not (self.temperature > 0 and 0 < self.top_p <= 1):
+            raise UserError(
+                f"temperature is {self.temperature} and top_p {self.top_p}: the first must be above 0, the second "
+                "above 0 and at most 1."
+            )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Two warm-ups, then N times estimation and maximization; or ``online``, one phase of as many steps."""
+        warm_up = (
+            Phase(
+                "warm_generator", self.warm_generator_steps, self.warm_generator_loss, self.warm_optimizer, (GENERATOR,)
+            ),
+            Phase(
+                "warm_selector", self.warm_selector_steps, self.warm_selector_loss, self.warm_optimizer, (SELECTOR,)
+            ),
+        )
+        both = (GENERATOR, SELECTOR)
+        if self.online:
+            steps = self.iterations * self.iteration_steps
+            return (*warm_up, Phase("online", steps, self.online_loss, self.optimizer, both))
+        iterations = (
+            (
+                # Plain descent with rate 1 copies; its second step removes the rounding error of the first.
+                Phase(f"estimation_{i}", 2, self.distance_to_previous, lambda: optax.sgd(1.0), (PREVIOUS,)),
+                Phase(f"maximization_{i}", self.iteration_steps, self.loss, self.optimizer, both),
+            )
+            for i in range(1, self.iterations + 1)
+        )
+        return warm_up + tuple(phase for pair in iterations for phase in pair)
+
+    # Parameters
+
+    def init(self, rng: Array) -> dict:
+        """Generator at the root, ``selector``, and unless ``online`` a copy of both as ``previous``; float32."""
+        params = generator.plain(self._boxed(rng))
+        return params if self.online else params | {"previous": jax.tree.map(jnp.array, params)}
+
+    def logical_axes(self) -> dict:
+        """The tree of ``init`` with logical axis names."""
+        axes = generator.axes_of(jax.eval_shape(self._boxed, jax.random.PRNGKey(0)))
+        return axes if self.online else axes | {"previous": axes}
+
+    def _boxed(self, rng):
+        keys = jax.random.split(rng)
+        params = dict(generator.initial_parameters(self.model, keys[0]))
+        return params | {"selector": generator.initial_parameters(self._selector, keys[1])}
+
+    @property
+    def _selector(self) -> TransformerConfig:
+        return self.selector or self.model
+
+    # The selector, p(z|x)
+
+    def scorer(self, params, passage_tokens: Array, rng: Array | None = None) -> tuple[Callable, Array]:
+        """The selector over candidates [B, n, P] int32, question included.
+
+        Returns:
+          (score, present [B, 1, n]): ``score(choices [B, m, K]) -> (logits [B, m, K, n], router collections)``.
+        """
+        config, params = self._selector, params["selector"]
+        encode_rng, decode_rng = (None, None) if rng is None else jax.random.split(rng)
+        candidates = self._encode(config, params, passage_tokens, encode_rng)
+        first = config.vocab_size - self.num_candidates  # identifier of the first candidate
+        count = passage_tokens.shape[1]
+        identifiers = params["token_embedder"]["embedding"][first : first + count].astype(candidates.states.dtype)
+        states = (candidates.states + identifiers[:, None]).reshape(len(passage_tokens), -1, config.embed_dim)
+        mask = candidates.mask.reshape(len(passage_tokens), -1)
+        memory, _ = generator.apply(config, params, states, mask, method="memory")
+
+        def score(choices):
+            rows, samples, places = choices.shape
+            # All samples of a question in one decoder row, kept apart by segments: the memory is not repeated, and a
+            # relative position does not tell where in the row it is.
+            inputs = jnp.pad(choices[..., :-1] + first, ((0, 0), (0, 0), (1, 0))).reshape(rows, -1)
+            segments = jnp.broadcast_to(jnp.repeat(jnp.arange(1, samples + 1), places), inputs.shape)
+            logits, router = generator.apply(
+                config, params, inputs, segments, memory, decode_rng is None, method="logits", rng=decode_rng
+            )
+            return logits[..., first : first + count].reshape(rows, samples, places, count), (candidates.router, router)
+
+        return score, candidates.present[:, None]
+
+    def log_prior(self, params, passage_tokens: Array, choices: Array, rng: Array | None = None):
+        """log p(z|x) of choices [B, m, K] among candidates [B, n, P] -> ([B, m], router collections)."""
+        score, present = self.scorer(params, passage_tokens, rng)
+        logits, router = score(choices)
+        return permutations.log_probability(logits, choices, present), router
+
+    def select(self, params, passage_tokens: Array, number: int | None = None) -> Array:
+        """The likeliest candidate at each of K (or ``number``) places: [B, n, P] -> choices [B, 1, K] int32."""
+        score, present = self.scorer(params, passage_tokens)
+        shape = (len(passage_tokens), 1, number or self.num_selected)
+        return permutations.greedy(lambda z: score(z)[0], shape, present)
+
+    # The generator, p(y|x, z)
+
+    def read_choices(self, params, passage_tokens: Array, choices: Array, rng: Array | None = None):
+        """Candidates [B, n, P] and choices [B, m, K] of them -> (Memory of B * m rows, router collection)."""
+        candidates = self._encode(self.model, params, passage_tokens, rng)
+        pick = jax.vmap(lambda passages, chosen: passages[chosen])
+        states, mask = pick(candidates.states, choices), pick(candidates.mask, choices)  # [B, m, K, P, D]
+        first = self.model.vocab_size - self.num_selected
+        places = params["token_embedder"]["embedding"][first : first + choices.shape[-1]]
+        states = states + places[:, None].astype(states.dtype)
+        rows = choices.shape[0] * choices.shape[1]
+        states, mask = states.reshape(rows, -1, states.shape[-1]), mask.reshape(rows, -1)
+        return generator.apply(self.model, params, states, mask, method="memory")[0], candidates.router
+
+    def answer_losses(self, params, batch: Batch, choices: Array, rng: Array | None = None):
+        """Token losses of each question's answer under each of its choices [B, m, K].
+
+        Returns:
+          (losses [B * m, T] float32, logits [B * m, T, V], the answers' Batch of B * m rows, router collections);
+          smoothing and z-loss only with ``rng``, which means training.
+        """
+        read_rng, decode_rng = (None, None) if rng is None else jax.random.split(rng)
+        memory, router = self.read_choices(params, batch.passage_tokens, choices, read_rng)
+        answers = Batch(
+            **{
+                name: jnp.repeat(getattr(batch, name), choices.shape[1], axis=0)
+                for name in ("decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights")
+            }
+        )
+        extra = {} if rng is None else {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+        losses, logits, decoder_router = generator.target_loss(
+            self.model, params, answers, memory, rng=decode_rng, **extra
+        )
+        return losses, logits, answers, (router, decoder_router)
+
+    def log_likelihood(self, params, batch: Batch, choices: Array, rng: Array | None = None):
+        """log p(y|x, z) of the whole answer, a sum over its tokens -> ([B, m] float32, router collections)."""
+        losses, _, answers, router = self.answer_losses(params, batch, choices, rng)
+        return -(losses * answers.decoder_loss_weights).sum(-1).reshape(choices.shape[:2]), router
+
+    def _encode(self, config, params, passage_tokens, rng) -> Candidates:
+        rows, count, length = passage_tokens.shape
+        if not self.num_selected <= count <= self.num_candidates:
+            raise UserError(
+                f"a question has {count} passages and DRO chooses {self.num_selected} out of at most "
+                f"{self.num_candidates}: set NUM_PASSAGES to a number between them."
+            )
+        states, router = generator.apply(
+            config, params, fusion.fold_passages(passage_tokens), None, rng is None, method="encode", rng=rng
+        )
+        mask = passage_tokens > 0
+        return Candidates(states.reshape(rows, count, length, -1), mask, mask.any(-1), router)
+
+    # E-step
+
+    def estimate(self, params, batch: Batch, rng: Array) -> Estimate:
+        """Draws m choices per question, and weighs them."""
+        score, present = self.scorer(params, batch.passage_tokens)
+        shape = (len(batch.passage_tokens), self.num_samples, self.num_selected)
+        choices, log_proposal = permutations.sample(
+            lambda z: score(z)[0], shape, rng, self.temperature, self.top_p, present
+        )
+        log_prior = permutations.log_probability(score(choices)[0], choices, present)
+        log_likelihood, _ = self.log_likelihood(params, batch, choices)
+        weights = permutations.importance_weights(log_likelihood, log_prior, log_proposal)
+        return Estimate(choices, weights, log_likelihood, log_prior, log_proposal)
+
+    # M-step
+
+    def maximization_loss(self, params, batch: Batch, estimate: Estimate, rng: Array | None):
+        """-sum_i w_i (log p(z_i|x) + log p(y|x, z_i)), weights constant; a mean over questions, in nats."""
+        selector_rng, generator_rng = (None, None) if rng is None else jax.random.split(rng)
+        log_prior, selector_router = self.log_prior(params, batch.passage_tokens, estimate.choices, selector_rng)
+        log_likelihood, generator_router = self.log_likelihood(params, batch, estimate.choices, generator_rng)
+        extra, metrics = generator.router_losses(
+            (generator_router, selector_router), self.balance_loss_factor, self.router_z_loss_factor
+        )
+        asked = (batch.decoder_loss_weights > 0).any(-1).astype(jnp.float32)  # the other rows are padding
+        count = asked.sum()
+
+        def total(per_question):
+            return (per_question * asked).sum(), count
+
+        selector_loss = -permutations.expected(estimate.weights, log_prior)
+        generator_loss = -permutations.expected(estimate.weights, log_likelihood)
+        evidence = permutations.log_evidence(estimate.log_likelihood, estimate.log_prior, estimate.log_proposal)
+        loss = total(selector_loss + generator_loss)
+        return loss[0] / jnp.maximum(count, 1.0) + extra, metrics | {
+            "loss": loss,
+            "selector_loss": total(selector_loss),
+            "generator_loss": total(generator_loss),
+            "effective_sample_size": total(permutations.effective_sample_size(estimate.weights)),
+            "log_evidence": total(evidence),
+        }
+
+    def loss(self, params, batch: Batch, rng: Array):
+        """An M-step on the E-step of the parameters at the iteration's start."""
+        return self._em_loss(params, params["previous"], batch, rng)
+
+    def online_loss(self, params, batch: Batch, rng: Array):
+        """An M-step on the E-step of the parameters as they are."""
+        return self._em_loss(params, params, batch, rng)
+
+    def _em_loss(self, params, previous, batch, rng):
+        estimate_rng, rng = jax.random.split(rng)
+        estimate = jax.lax.stop_gradient(self.estimate(previous, batch, estimate_rng))
+        return self.maximization_loss(params, batch, estimate, rng)
+
+    def distance_to_previous(self, params, batch: Batch, rng: Array):
+        """Half the squared distance of ``previous`` to the parameters; its gradient is the difference."""
+        del rng
+        now = jax.lax.stop_gradient({name: tree for name, tree in params.items() if name != "previous"})
+        squares = jax.tree.map(lambda old, new: jnp.square(old - new).sum(), params["previous"], now)
+        loss = 0.5 * sum(jax.tree.leaves(squares))
+        count = jnp.asarray(float(batch.size))
+        return loss, {"loss": (loss * count, count)}
+
+    # Warm-up
+
+    def warm_generator_loss(self, params, batch: Batch, rng: Array):
+        """Cross-entropy per target token with the K passages that were retrieved first."""
+        first = jnp.broadcast_to(jnp.arange(self.num_selected), (batch.size, 1, self.num_selected))
+        return self._token_loss(params, batch, first, rng)
+
+    def warm_selector_loss(self, params, batch: Batch, rng: Array):
+        """-log p(z|x) of the ranking: the K candidates under which, each alone, the answer is likeliest, best first."""
+        rows, count, _ = batch.passage_tokens.shape
+        alone = jnp.broadcast_to(jnp.arange(count)[:, None], (rows, count, 1))
+        present = (batch.passage_tokens > 0).any(-1)
+        utility = jnp.where(present, self.log_likelihood(params, batch, alone)[0], -jnp.inf)
+        ranking = jax.lax.top_k(jax.lax.stop_gradient(utility), self.num_selected)[1][:, None]
+        log_prior, router = self.log_prior(params, batch.passage_tokens, ranking, rng)
+        extra, metrics = generator.router_losses(router, self.balance_loss_factor, self.router_z_loss_factor)
+        asked = (batch.decoder_loss_weights > 0).any(-1).astype(jnp.float32)
+        loss = -(log_prior[:, 0] * asked).sum()
+        return loss / jnp.maximum(asked.sum(), 1.0) + extra, metrics | {"loss": (loss, asked.sum())}
+
+    # Answering
+
+    def evaluation_loss(self, params, batch: Batch):
+        """Cross-entropy per target token with the passages that the selector chooses, without dropout."""
+        return self._token_loss(params, batch, self.select(params, batch.passage_tokens), None)
+
+    def _token_loss(self, params, batch, choices, rng):
+        losses, logits, answers, router = self.answer_losses(params, batch, choices, rng)
+        extra, metrics = generator.router_losses(router, self.balance_loss_factor, self.router_z_loss_factor)
+        return generator.loss_and_metrics(losses, logits, answers, extra, metrics)
+
+    def encode_question(self, params, question_tokens: Array) -> Question:
+        """Question tokens [B, L] int32 -> Question: the generator without passages."""
+        arm = ExpertRAG(model=self.model, max_target_length=self.max_target_length)
+        return arm.encode_question(params, question_tokens)
+
+    def decide(self, params, question: Question) -> Array:
+        """p_ret [B] float32: it always retrieves."""
+        return jnp.ones(question.features.shape[0])
+
+    def read(self, params, passage_tokens: Array, question_tokens: Array | None = None) -> Memory:
+        """Candidates [B, n, P] int32, question included -> Memory of the K that the selector chooses, in its order."""
+        return self.read_choices(params, passage_tokens, self.select(params, passage_tokens))[0]
+
+    def begin(self, params, memory: Memory) -> tuple[Array, DecoderCache]:
+        """First decoder step over a memory: ([B, V] log-probabilities, cache)."""
+        return generator.begin(self.model, params, memory, self.max_target_length, memory.mask.any(-1))
+
+    def decode_step(self, params, memory: Memory, cache: DecoderCache, tokens: Array):
+        """tokens [B] int32 -> ([B, V] log-probabilities, cache)."""
+        return generator.decode_step(self.model, params, memory, cache, tokens)
