@@ -92,13 +92,17 @@ class Vocabulary:
         os.replace(partial, path)
 
 
-def embedding_rows(path: str | os.PathLike, multiple: int = 128) -> int:
+def embedding_rows(path: str | os.PathLike, multiple: int = 128, sentinels: int = 0) -> int:
     """Rows of an embedding for the vocabulary in a file: its size rounded up, so that meshes divide it.
 
+    Args:
+      path: of the SentencePiece model.
+      multiple: of which the rows are.
+      sentinels: ids behind the pieces, for span corruption (``data.span_corruption``); T5 has 100.
     Raises:
       UserError: see ``Vocabulary.from_file``.
     """
-    return -(-Vocabulary.from_file(path).size // multiple) * multiple
+    return -(-(Vocabulary.from_file(path).size + sentinels) // multiple) * multiple
 
 
 def train_vocabulary(

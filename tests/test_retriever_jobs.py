@@ -1,4 +1,4 @@
-"""A retriever's training on the command line: learning from a reader, mined negatives, span corruption beforehand."""
+"""Training beside the reader's own on the command line: learning from a reader, and span corruption beforehand."""
 
 import json
 import shutil
@@ -73,3 +73,23 @@ def test_a_query_encoder_learns_from_a_reader(signal, files, tmp_path, capsys):
         with_words = macros | {"INDEX_DIR": files / "bm25"}
         assert train("distillation", tmp_path / "other", *steps, *NARROW, **with_words) == 2
         assert "has no vectors" in capsys.readouterr().err
+
+
+def test_from_raw_text_to_a_system_that_answers(files, tiny_model, tmp_path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name, text in zip(tiny_model.NAMES, tiny_model.passages().texts):
+        (notes / f"{name}.txt").write_text(text)
+    macros = {"VOCABULARY": files / "vocabulary.model", "DOCUMENTS": notes, "QUESTIONS": files / "questions.jsonl"}
+    given = [f"--gin.{name}='{value}'" for name, value in macros.items()]
+    lengths = ("--gin.PRETRAINING_LENGTHS={'inputs': 48, 'targets': 24, 'query': 1}", "--gin.PRETRAINING_STEPS=3")
+    model = tmp_path / "model"
+    path = ("--gin_file=examples/raw_text.gin", *SMALL, *given, *lengths, "--model_dir", model)
+    assert run("train", *path) == 0
+    assert [record["phase"] for record in logged(model)] == ["span_corruption"] * 3 + ["mixture"] * 2
+    assert logged(model)[0]["loss"] > 0
+    asked = ("--questions", files / "questions.jsonl", "--buckets=4", "--output", tmp_path / "answers.jsonl")
+    assert run("infer", "--model_dir", model, *asked) == 0
+    again = {"INITIAL_CHECKPOINT_PATH": model, "QUESTIONS": files / "questions.jsonl"}
+    again |= {"VOCABULARY": files / "vocabulary.model"}
+    assert train("closed_book", tmp_path / "tuned", "--gin.SENTINELS=100", **again) == 0
