@@ -16,6 +16,7 @@ from expertrag_jax.gin_errors import nearest
 # command: (its job, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "index": ("expertrag_jax.index:build_index", "build a passage index from a corpus or from documents"),
+    "mine": ("expertrag_jax.mine", "find hard negatives for a retriever's training"),
     "train": ("expertrag_jax.train", "train a system: retriever, generator or gate"),
     "evaluate": ("expertrag_jax.evaluate", "score a trained system and its gate"),
     "infer": ("expertrag_jax.infer", "answer, or score answers to, a file of questions"),

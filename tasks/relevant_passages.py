@@ -12,11 +12,11 @@ import tensorflow as tf
 from expertrag_jax.data.question_tasks import register
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
-from expertrag_jax.evaluation.answers import has_answer
 from expertrag_jax.retrieval.corpus import Passages, Question, read_passages_tsv, read_questions_jsonl
+from expertrag_jax.retrieval.hard_negatives import mine_hard_negatives, named_negatives
 from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.retrieval.metrics import gold_rows
-from expertrag_jax.retrieval.protocol import Queries
+from expertrag_jax.retrieval.retriever import Retriever
 from tasks.inverse_cloze import pair_record, retriever_task
 
 Paths = str | os.PathLike | Mapping[str, str | os.PathLike]
@@ -39,7 +39,8 @@ def register_relevant_passages(
       vocabularies: of reader and retriever; the retriever's is used on both sides.
       name: of the task.
       negatives_from: directory of a BM25 index over the same corpus: its best passages that are no gold
-        passage and hold no answer are hard negatives. None: in-batch negatives alone.
+        passage and hold no answer are hard negatives of questions whose record names none
+        (``hard_negative_passage_ids``, see `expertrag mine`). None: those have in-batch negatives alone.
       num_negatives: per question.
 
     Returns:
@@ -62,18 +63,13 @@ def hard_negatives(
     """
     loaded = open_index(index_dir, verify=False)
     if loaded.index.needs_vectors:
-        raise UserError(f"hard negatives come from a bm25 index, and {index_dir} is {loaded.manifest.kind}.")
+        raise UserError(
+            f"hard negatives come from a bm25 index, and {index_dir} is {loaded.manifest.kind}: mine them beforehand, "
+            "with `expertrag mine`."
+        )
     if loaded.manifest.corpus_digest != passages.digest:
         raise UserError(f"the index {index_dir} is of another corpus: build it again from this one.")
-    found, _ = loaded.index.search(Queries([question.question for question in questions]), _CANDIDATES)
-    rows = np.full((len(questions), count), -1, np.int32)
-    for place, (question, candidates) in enumerate(zip(questions, found)):
-        gold, answers = set(question.gold_passage_ids), question.answers
-        others = (row for row in candidates.tolist() if row >= 0 and passages.ids[row] not in gold)
-        wrong = (row for row in others if not has_answer(passages.texts[row], answers))
-        for slot, row in zip(range(count), wrong):
-            rows[place, slot] = row
-    return rows
+    return mine_hard_negatives(Retriever(loaded), questions, count, candidates=_CANDIDATES)
 
 
 class _Source:
@@ -100,8 +96,12 @@ class _Source:
         questions = [everything[place] for place in known]
         passages = read_passages_tsv(self._corpus)
         rows = [[min(gold)] for gold in gold_rows(questions, passages)]
-        if self._negatives_from is not None:
-            negatives = hard_negatives(questions, passages, self._negatives_from, self._num_negatives)
+        negatives = named_negatives(questions, passages, self._num_negatives)
+        lacking = np.flatnonzero((negatives < 0).all(-1))
+        if self._negatives_from is not None and len(lacking):
+            without = [questions[place] for place in lacking]
+            negatives[lacking] = hard_negatives(without, passages, self._negatives_from, self._num_negatives)
+        if (negatives >= 0).any():
             # Where there are too few the positive fills up: the loss takes equal passages for no negatives.
             filled = np.where(negatives < 0, np.array(rows), negatives)
             rows = [[*gold, *negative] for gold, negative in zip(rows, filled.tolist())]

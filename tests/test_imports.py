@@ -13,7 +13,7 @@ PACKAGE = ROOT / "expertrag_jax"
 # Above these names the edge begins: what they import is theirs. Everything else in expertrag_jax is the core.
 ENTRY_POINTS = (
     "main __main__ launch job_flags processes gin_files gin_errors macros "
-    "train evaluate infer index answer calibrate export plan demo"
+    "train evaluate infer index mine answer calibrate export plan demo"
 ).split()
 OUTSIDE_THE_CORE = ("data", "interop", "retrieval.scann_index", *ENTRY_POINTS)
 BLOCKED = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "scann", "gin")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from expertrag_jax.main import main
-from expertrag_jax.retrieval.corpus import write_passages_tsv
+from expertrag_jax.retrieval.corpus import Passages, write_passages_tsv
 from expertrag_jax.systems.retriever import DualEncoder
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -93,3 +93,28 @@ def test_from_raw_text_to_a_system_that_answers(files, tiny_model, tmp_path):
     again = {"INITIAL_CHECKPOINT_PATH": model, "QUESTIONS": files / "questions.jsonl"}
     again |= {"VOCABULARY": files / "vocabulary.model"}
     assert train("closed_book", tmp_path / "tuned", "--gin.SENTINELS=100", **again) == 0
+
+
+def test_mined_negatives_are_trained_on(files, tmp_path, capsys):
+    first, second = tmp_path / "bm25.jsonl", tmp_path / "both.jsonl"
+    mine = ("mine", "--questions", files / "questions.jsonl", "--index_dir", files / "bm25", "--output", first)
+    assert run(*mine) == 0 and run(*mine) == 2
+    assert "bm25.jsonl exists" in capsys.readouterr().err
+    dense = ("--index_dir", files / "exact", "--retriever", files / "retriever", "--num_negatives=2")
+    assert run("mine", "--questions", first, *dense, "--output", second) == 0
+    lexical, both = ([json.loads(line) for line in path.read_text().splitlines()] for path in (first, second))
+    for place, (one, more) in enumerate(zip(lexical, both)):
+        negatives = more["hard_negative_passage_ids"]
+        assert one["gold_passage_ids"] == [f"e{place}"] and one["id"] == f"q{place}"
+        assert negatives[:1] == one["hard_negative_passage_ids"] and 2 <= len(set(negatives)) == len(negatives) <= 3
+        # Every fifth name lives in the same town: those hold the answer.
+        assert all(int(name[1:]) % 5 != place % 5 for name in negatives)
+    macros = {"VOCABULARY": files / "vocabulary.model", "CORPUS": files / "corpus.tsv.gz", "QUESTIONS": second}
+    given = [f"--gin.{name}='{value}'" for name, value in macros.items()]
+    system = ("--gin_file=runs/train.gin", "--gin_file=systems/dual_encoder.gin", LENGTHS, *NARROW, *given)
+    steps = ("--gin.CLOZE_STEPS=0", "--gin.TRAIN_STEPS=1", "--gin.BATCH_SIZE=8", "--gin.NUM_NEGATIVES=2")
+    assert run("train", *system, *steps, "--model_dir", tmp_path / "model") == 0
+    write_passages_tsv(Passages(["x"], ["y"], ["Some text."]), tmp_path / "other.tsv")
+    other = f"--gin.CORPUS='{tmp_path / 'other.tsv'}'"
+    assert run("train", *system, *steps, other, "--model_dir", tmp_path / "wrong") == 2
+    assert "is not in the corpus" in capsys.readouterr().err

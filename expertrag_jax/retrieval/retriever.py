@@ -96,7 +96,7 @@ class Retriever:
           query_tokens: [B, Lq] int32 in the retriever's vocabulary; needed by dense search.
           k: passages per question; may exceed the corpus.
         """
-        rows, scores = self._search_cached(texts, query_tokens, k)
+        rows, scores = self.search(texts, query_tokens, k)
         return Retrieved(rows, scores, self.tokens_of(rows))
 
     def tokens_of(self, rows: np.ndarray) -> np.ndarray | None:
@@ -117,7 +117,10 @@ class Retriever:
         found[rows == ABSENT_ROW] = 0
         return found
 
-    def _search_cached(self, texts, query_tokens, k):
+    def search(
+        self, texts: Sequence[str] | None, query_tokens: np.ndarray | None, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """``retrieve`` without the passages' tokens: rows [B, k] int32 and scores [B, k] float32."""
         if self.cache is None or texts is None:
             return self._search(texts, query_tokens, k)
         digest = self.loaded.manifest.digest

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from expertrag_jax import partitioning
 from expertrag_jax.batch import Batch
 from expertrag_jax.model.dual_encoder import DualEncoderConfig
 from expertrag_jax.systems.retriever import DualEncoder, fingerprint
@@ -66,3 +67,25 @@ def test_fingerprints_differ_for_different_rows():
     near = np.array([[4, 4, 6, 4, 4], [5, 4, 4, 4, 5], [4, 4, 4, 6, 4], [4, 6, 4, 4, 4]], np.int32)
     assert len(np.unique(fingerprint(jnp.asarray(near)))) == len(near)
     assert len(np.unique(fingerprint(jnp.asarray(rows)))) >= len(rows) - 1
+
+
+def test_negatives_come_from_all_devices():
+    """Loss and gradients on eight devices are one device's: the batch is one batch, not eight."""
+    system = DualEncoder(DualEncoderConfig(vocab_size=VOCAB, embed_dim=8, output_dim=6))
+    params, rng = jax.jit(system.init)(jax.random.key(0)), np.random.default_rng(1)
+    query = rng.integers(2, VOCAB, (16, 5)).astype(np.int32)
+    passages = rng.integers(2, VOCAB, (16, 2, 6)).astype(np.int32)
+    passages[9, 0] = passages[0, 0]  # a positive that two devices hold
+    batch = Batch(query_tokens=query, passage_tokens=passages)
+    step = jax.jit(jax.value_and_grad(system.loss, has_aux=True))
+    (loss, metrics), gradient = step(params, batch, None)
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(data=8), jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        shards = partitioning.global_batch(batch, mesh)
+        assert len(shards.query_tokens.sharding.device_set) == 8
+        (spread, spread_metrics), spread_gradient = step(params, shards, None)
+    np.testing.assert_allclose(spread, loss, rtol=1e-5)
+    assert spread_metrics["in_batch_accuracy"] == metrics["in_batch_accuracy"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), spread_gradient, gradient)
+    alone = [step(params, jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch), None)[0][0] for i in range(8)]
+    assert loss > np.mean(alone) + 0.5  # with a device's own negatives alone it would be far lower

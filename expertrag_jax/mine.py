@@ -1,0 +1,68 @@
+"""Mine hard negatives for training a retriever: passages that an index finds for a question and that do not answer it.
+
+Writes the questions with the field hard_negative_passage_ids, which systems/dual_encoder.gin reads. Run on its own
+output with another index (BM25 first, then the dense one) it adds to them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from expertrag_jax import launch
+from expertrag_jax.encoders import load_encoder, open_retriever
+from expertrag_jax.errors import UserError
+from expertrag_jax.retrieval.corpus import read_questions_jsonl, texts_of
+from expertrag_jax.retrieval.hard_negatives import mine_hard_negatives, write_questions
+
+FLAGS = {
+    "--questions": ("questions", "JSON lines with question, answers and gold_passage_ids"),
+    "--output": ("output", "file to write"),
+    "--index_dir": ("index_dir", "index to search, of any kind"),
+    "--retriever": ("retriever", "MODEL_DIR of the dual encoder, where the index searches by vectors"),
+    "--num_negatives": ("num_negatives", "negatives per question"),
+    "--candidates": ("candidates", "passages searched per question"),
+    "--overwrite": ("overwrite", "replace a file that is there"),
+}
+MACROS = ("INDEX_DIR",)
+EXAMPLE = "expertrag mine --questions=train.jsonl --index_dir=runs/bm25 --output=train_with_negatives.jsonl"
+
+
+def mine(
+    questions: str,
+    output: str,
+    index_dir: str,
+    retriever: str | None = None,
+    num_negatives: int = 1,
+    candidates: int = 100,
+    overwrite: bool = False,
+) -> Path:
+    """Mines negatives and writes them; see ``retrieval.hard_negatives.mine_hard_negatives``.
+
+    Returns:
+      The file.
+
+    Raises:
+      UserError: bad input, or a file that is there and no ``overwrite``.
+    """
+    place = Path(output)
+    if place.exists() and not overwrite:
+        raise UserError(f"{place} exists: nothing was overwritten; add --overwrite.")
+    if num_negatives < 1 or candidates < num_negatives:
+        raise UserError(f"--num_negatives={num_negatives} must be from 1 up to --candidates={candidates}.")
+    asked = read_questions_jsonl(questions)
+    encoder = None if retriever is None else load_encoder(retriever)
+    opened = open_retriever(index_dir, encoder)
+    tokens = encoder.tokenise(texts_of(asked)) if opened.loaded.index.needs_vectors else None
+    rows = mine_hard_negatives(opened, asked, num_negatives, tokens, candidates)
+    names = [[opened.loaded.passages.ids[row] for row in found if row >= 0] for found in rows.tolist()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_questions(place, asked, names)
+    found = np.sum(rows >= 0) / len(asked)
+    print(f"{found:.2f} hard negatives for each of {len(asked)} questions: {place}", flush=True)
+    return place
+
+
+if __name__ == "__main__":
+    launch.run("expertrag_jax.mine")
