@@ -45,16 +45,26 @@ class SystemPrograms:
     """``Programs`` of a system and its parameters, jitted here.
 
     Args:
-      system: has encode_question, decide, read, begin, decode_step (see ``systems.expert_rag``).
+      system: has encode_question, decide, read, begin, decode_step (see ``systems.expert_rag``). One that weighs
+        passages by their vectors (``weighs_passages``) reads those too, and one that has ``generate`` searches for
+        answers in its own way; see ``systems.rag``.
       params: its parameters. length: T.
+
+    Attributes:
+      weighs_passages: whether ``read_weighed`` takes the place of ``read``.
     """
 
     def __init__(self, system, params, length: int | None = None):
         self.params = params
         self._length = length or system.max_target_length
         self._question = jax.jit(functools.partial(question_program, system))
-        self._read = jax.jit(functools.partial(read_program, system))
-        self._generate = jax.jit(functools.partial(generate_program, system.decode_step, length=self._length))
+        self.weighs_passages = getattr(system, "weighs_passages", False)
+        read = weighed_read_program if self.weighs_passages else read_program
+        self._read = jax.jit(functools.partial(read, system))
+        generate = functools.partial(generate_program, system.decode_step)
+        if hasattr(system, "generate"):
+            generate = functools.partial(own_generate_program, system)
+        self._generate = jax.jit(functools.partial(generate, length=self._length))
         self._score = jax.jit(functools.partial(score_program, system.decode_step))
         self._query = jax.jit(system.query_vectors) if getattr(system, "retriever", None) is not None else None
 
@@ -65,6 +75,10 @@ class SystemPrograms:
     def read(self, question_tokens, passage_tokens):
         """See ``Programs``."""
         return self._read(self.params, question_tokens, passage_tokens)
+
+    def read_weighed(self, question_tokens, query_tokens, passage_tokens, passage_vectors):
+        """``read`` with queries [B, Lq] int32 and passage vectors [B, K, D] float32."""
+        return self._read(self.params, question_tokens, query_tokens, passage_tokens, passage_vectors)
 
     def generate(self, state, active):
         """See ``Programs``."""
@@ -90,6 +104,17 @@ def read_program(system, params, question_tokens, passage_tokens):
     memory = system.read(params, passage_tokens, question_tokens)
     first, cache = system.begin(params, memory)
     return memory, first, cache
+
+
+def weighed_read_program(system, params, *inputs):
+    """The pure function behind ``SystemPrograms.read_weighed``."""
+    memory = system.read(params, *inputs)
+    return memory, *system.begin(params, memory)
+
+
+def own_generate_program(system, params, state, active, *, length: int):
+    """``generate_program`` of a system that searches in its own way."""
+    return system.generate(params, *state, length, active)
 
 
 def generate_program(decode_step, params, state, active, *, length: int):
@@ -280,12 +305,26 @@ class Answerer:
         found = self.search(asked)
         tokens = pad_rows(asked.question_tokens, bucket)
         passages = self.assemble(tokens, found.passage_tokens)
-        state = self.programs.read(tokens, passages)
+        if getattr(self.programs, "weighs_passages", False):
+            state = self.programs.read_weighed(
+                tokens, pad_rows(asked.query_tokens, bucket), passages, self._vectors(found.rows)
+            )
+        else:
+            state = self.programs.read(tokens, passages)
         answers.passage_rows[index] = found.rows[: len(index)]
         answers.passage_scores[index] = found.scores[: len(index)]
         answers.encoder_tokens[index] += (passages[: len(index)] > 0).sum((1, 2))
         answers.padded_encoder_tokens += passages.size
         self._finish(state, np.arange(bucket) < len(index), index, bucket, answers, targets)
+
+    def _vectors(self, rows: np.ndarray) -> np.ndarray:
+        vectors = self.retriever.vectors_of(rows)
+        if vectors is None:
+            raise UserError(
+                f"this system weighs passages by their vectors and the index at {self.retriever.loaded.directory} has "
+                "none: name a dense index."
+            )
+        return vectors
 
     def assemble(self, question_tokens: np.ndarray, passage_tokens: np.ndarray) -> np.ndarray:
         """Reader inputs [B, K, P] int32 (``concatenate``: [B, 1, P]) of questions [B, L] and passages [B, K, S]."""

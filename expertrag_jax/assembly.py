@@ -106,6 +106,22 @@ def encoder_digest(params: Any) -> str | None:
     return parameters_digest(jax.tree.map(np.asarray, dict(params["query_encoder"])))
 
 
+def expected_encoder(system: Any, params: Any, index_dir: str | Path, trained_index: str | Path | None) -> str | None:
+    """What ``manifest.encoder_digest`` of an index must be for this system; None where nobody can tell.
+
+    A system that weighs passages trains its query encoder on frozen passage vectors: its index is of the encoder that
+    the training's index was made with, or of the one that embedded the passages again.
+    """
+    if not getattr(system, "weighs_passages", False):
+        return encoder_digest(params)
+    copy = dict(params).get("candidate_encoder")
+    again = None if copy is None else parameters_digest(jax.tree.map(np.asarray, dict(copy["encoder"])))
+    if again is not None and read_manifest(index_dir).encoder_digest == again:
+        return again
+    there = trained_index is not None and Path(trained_index).is_dir()
+    return read_manifest(trained_index).encoder_digest if there else None
+
+
 def check_index(
     manifest: Manifest,
     reader_vocabulary: str,
@@ -194,13 +210,14 @@ def make_answerer(
 def answerer_from_model(
     system: Any, params: Any, index_dir: str | Path | None, reader_vocabulary: Vocabulary,
     retriever_vocabulary: Vocabulary | None, policy: Policy, settings: AnswerSettings,
+    trained_index: str | Path | None = None,
 ) -> Answerer:
     """Joins a system, its parameters and an index.
 
     Args:
       params: the parameters, or the path of a checkpoint (see ``load_params``).
       index_dir: None for a model that never retrieves. retriever_vocabulary: None means the reader's.
-      policy: see ``gate.policy`` or ``make_policy``.
+      policy: see ``gate.policy`` or ``make_policy``. trained_index: the training's, see ``expected_encoder``.
 
     Raises:
       UserError: parameters or an index that do not belong to the system.
@@ -222,7 +239,7 @@ def answerer_from_model(
             programs,
             reader_vocabulary=reader_vocabulary.digest,
             retriever_vocabulary=(retriever_vocabulary or reader_vocabulary).digest,
-            encoder_digest=encoder_digest(params),
+            encoder_digest=expected_encoder(system, params, index_dir, trained_index),
             dimension=None if config is None else config.output_dim,
             max_batch=settings.buckets[-1],
         )

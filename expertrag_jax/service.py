@@ -128,7 +128,7 @@ def service_from_model(model: Model, retrieve: str = "gate", index_dir: str | No
     policy = assembly.make_policy(retrieve if reads else "never", model.settings.threshold)
     vocabularies = model.reader_vocabulary, model.retriever_vocabulary
     answerer = assembly.answerer_from_model(
-        model.system, model.params, index_dir, *vocabularies, policy, model.settings
+        model.system, model.params, index_dir, *vocabularies, policy, model.settings, model.index_dir
     )
     return Service(answerer, model.settings, *vocabularies)
 

@@ -203,7 +203,7 @@ def open_index(directory: str | Path, *, verify: bool = True, **settings) -> Loa
       UserError: the directory is missing, is not an index, is of another format, or a file is missing or
         damaged.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = Path(os.path.realpath(directory))  # a link that moves on does not mix two versions
     manifest = read_manifest(directory)
     check_files(directory, manifest, contents=verify)
     tokens = _load_array(directory, manifest, TOKENS_NAME)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import DecoderCache, Memory, empty_cache
-from expertrag_jax.systems import generator, marginals
+from expertrag_jax.systems import generator, marginals, rag_decoding
 from expertrag_jax.systems.snapshot import SNAPSHOT, with_snapshot
 from expertrag_jax.systems.system import Phase
 
@@ -97,6 +97,8 @@ class RAG:
       steps, optimizer: of the one phase ``rag``.
       decoding: ``greedy`` and ``beam`` follow p(y_i|x, y_<i); ``thorough`` and ``fast`` are RAG-Sequence's. beams: W.
     """
+
+    weighs_passages: ClassVar[bool] = True  # reading takes queries and passage vectors
 
     model: TransformerConfig
     retriever: DualEncoderConfig
@@ -278,6 +280,10 @@ class RAG:
         return metrics
 
     # Answering: p(y_i|x, y_<i) step by step
+
+    def generate(self, params, memory: Documents, first_log_probs: Array, cache: Cache, length: int, active: Array):
+        """Answers by ``decoding``: tokens [B, T] int32, log p(y|x) [B] float32; see ``rag_decoding.generate``."""
+        return rag_decoding.generate(self, params, memory, first_log_probs, cache, length, active)
 
     def encode_question(self, params, question_tokens: Array) -> Question:
         """Questions [B, L] int32 -> the arm without passages: the null document alone, certain."""

@@ -1,0 +1,77 @@
+"""RAG on the command line: trained, resumed, asked, with another index, with candidates that are refreshed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from expertrag_jax.main import main
+from expertrag_jax.systems.retriever import DualEncoder
+from expertrag_jax.trained_model import open_model
+from expertrag_jax.training import parameters
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+SMALL = (
+    "--gin.BATCH_SIZE=8", "--gin.NUM_PASSAGES=2", "--gin.MAX_TARGET_LENGTH=8", "--gin.train.train.log_period=1",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8, 'query': 24, 'passages': 48}",
+    *(f"--gin.config.TransformerConfig.{size}" for size in ("embed_dim=16", "mlp_dim=32", "num_heads=2", "head_dim=8")),
+    *(f"--gin.config.TransformerConfig.num_{side}_layers=1" for side in ("encoder", "decoder")),
+    *(f"--gin.dual_encoder.DualEncoderConfig.{size}" for size in ("embed_dim=16", "output_dim=12")),
+)  # fmt: skip
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def files(tiny, tiny_model, tmp_path_factory):
+    """Questions, a dual encoder's MODEL_DIR and dense indexes of two editions."""
+    folder = tmp_path_factory.mktemp("rag")
+    records = [
+        {"question": f"Where does {name} live?", "answers": [tiny_model.TOWNS[place % 5]]}
+        for place, name in enumerate(tiny_model.NAMES)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    params = {"query_encoder": tiny.params["query_encoder"]}
+    vocabularies = (tiny.vocabulary, tiny.vocabulary)
+    tiny_model.write_model_dir(folder / "retriever", DualEncoder(tiny.system.retriever), params, vocabularies, None)
+    for edition in (0, 1):
+        tiny_model.write_passage_index(
+            folder / f"index{edition}", tiny.system, tiny.params, tiny.vocabulary, edition
+        )
+    return folder
+
+
+def training(files, tiny, model_dir, system="rag_token", **macros):
+    paths = {
+        "VOCABULARY": tiny.root / "vocabulary.model", "QUESTIONS": files / "questions.jsonl",
+        "INDEX_DIR": files / "index0", "RETRIEVER": files / "retriever", "MODEL_DIR": model_dir,
+    }  # fmt: skip
+    given = [f"--gin.{name}={str(value)!r}" for name, value in paths.items()]
+    given.append(f"--gin.dual_encoder.DualEncoderConfig.vocab_size={tiny.vocabulary.size}")
+    given += [f"--gin.{name}={value!r}" for name, value in ({"TRAIN_STEPS": 2} | macros).items()]
+    gin_files = [f"--gin_file={name}.gin" for name in ("runs/train", "models/t5_tiny", f"systems/{system}")]
+    return run("train", *gin_files, *SMALL, *given)
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("system,decoding", [("rag_token", "beam"), ("rag_sequence", "thorough")])
+def test_rag_trains_and_answers_from_either_index(system, decoding, files, tiny, tmp_path):
+    model = tmp_path / "model"
+    assert training(files, tiny, model, system, DECODING=decoding, NUM_BEAMS=2, NULL_DOCUMENT=True) == 0
+    logged = records(model / "logs" / "metrics.jsonl")
+    assert all(record["loss"] > 0 and 0 < record["retrieval/prior_entropy"] for record in logged)
+    before = parameters.flatten(tiny.params["query_encoder"])["projection/kernel"]
+    after = parameters.flatten(open_model(model).params["query_encoder"])["projection/kernel"]
+    assert np.abs(after - before).max() > 0  # it started there, and learned
+    np.testing.assert_allclose(after, before, atol=0.1)
+    ask = ("infer", "--model_dir", model, "--questions", files / "questions.jsonl", "--gin.infer.infer.buckets=(4,)")
+    for edition in (0, 1):  # another index, no training
+        output = tmp_path / f"answers{edition}.jsonl"
+        with_index = () if edition == 0 else ("--index_dir", files / "index1")
+        assert run(*ask, "--output", output, *with_index) == 0
+        assert all(len(record["passages"]) == 2 and record["score"] < 0 for record in records(output))
