@@ -25,6 +25,7 @@ from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import loop
 from expertrag_jax.training.compilation import keep_programs
+from expertrag_jax.training.early_stopping import EarlyStopping
 from expertrag_jax.training.goodput import read_summary
 from expertrag_jax.training.interruption import Interrupted
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
@@ -101,6 +102,7 @@ def train(
     eval_datasets: Mapping[str, loop.Dataset] | None = None,
     eval_period: int = 1000,
     eval_steps: int = 20,
+    early_stopping: EarlyStopping | None = None,
     num_passages: int | None = None,
     index_dir: str | None = None,
     hang_seconds: float | None = 1800.0,
@@ -124,6 +126,7 @@ def train(
         initial_checkpoint: see ``loop.train``.
       eval_datasets: by phase or stage, finite or not; the loss of its first ``eval_steps`` batches is logged
         every ``eval_period`` steps.
+      early_stopping: ends the run where what ``eval_datasets`` gives no longer improves.
       num_passages, index_dir: what the generator was trained to read, noted for answering.
       hang_seconds: after so long without a step, the stacks of all threads go to standard error and
         ``logs/hang_<step>.txt``; compilation, checkpoints and evaluations may take four times as long. None: never.
@@ -159,6 +162,7 @@ def train(
             asynchronous_checkpoints=asynchronous_checkpoints,
             log_period=log_period, initial_checkpoint=initial_checkpoint,
             hooks=evaluation_hooks(system, phases, eval_datasets or {}, eval_period, eval_steps, mesh),
+            early_stopping=early_stopping,
             metadata={
                 "digests": {name: found.digest for name, (_, found) in files.items()},
                 "system": describe(system),

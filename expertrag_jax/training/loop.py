@@ -18,6 +18,7 @@ from expertrag_jax.systems.description import other_architecture
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import phases as phases_lib
 from expertrag_jax.training.checkpoint import Checkpoints
+from expertrag_jax.training.early_stopping import EarlyStopping, Patience
 from expertrag_jax.training.hang import Watchdog
 from expertrag_jax.training.interruption import Interrupted, Interruption
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
@@ -64,6 +65,7 @@ def train(
     asynchronous_checkpoints: bool = True,
     log_period: int = 100,
     hooks: Sequence[Hook] = (),
+    early_stopping: EarlyStopping | None = None,
     initial_checkpoint: str | Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -90,6 +92,7 @@ def train(
         the same lines if the second divides the first.
       keep_checkpoints: the newest so many, or see ``retention.Retention``.
       asynchronous_checkpoints: written while training goes on; see ``checkpoint.Checkpoints``.
+      early_stopping: ends the run by what the hooks measure; None: it goes on to the last step.
       initial_checkpoint: for a run that starts: see ``pretrained.start_from``.
       metadata: JSON for the checkpoint; what stands in ``metadata["digests"]`` (vocabularies) must be the
         same when the run is resumed.
@@ -113,8 +116,10 @@ def train(
             layout = Layout(system, mesh, rules)
             phases_lib.check(phases, datasets, layout.shapes)
             facts = {"seed": seed, "digests": {}, **(metadata or {})}
+            patience = Patience(early_stopping)
             if checkpoints.latest is not None:
                 state = checkpoints.newest_whole(lambda step: resume(checkpoints, step, phases, layout, facts))
+                patience = Patience(early_stopping, checkpoints.metadata(int(state.step)).get("early_stopping"))
             else:
                 params = layout.initial_params(system, seed)
                 params = start_from(initial_checkpoint, params) if initial_checkpoint else params
@@ -122,9 +127,11 @@ def train(
         telemetry.resume(int(state.step))
         run = Run(
             phases, datasets, layout, checkpoints, telemetry, interruption, Watch(model_dir / LOGS), profile,
-            tuple(hooks), facts, seed, microbatches, checkpoint_period, log_period,
+            tuple(hooks), patience, facts, seed, microbatches, checkpoint_period, log_period,
         )  # fmt: skip
         for index in range(int(state.phase), len(phases)):
+            if patience.skips(phases[index].name):
+                continue
             if int(state.phase) != index:
                 with telemetry.lost("startup"):
                     state = phases_lib.enter(state.params, int(state.step), index, phases[index], layout)
@@ -181,6 +188,7 @@ class Run:
     watch: Watch
     profile: Profile
     hooks: tuple[Hook, ...]
+    patience: Patience
     facts: Mapping[str, Any]
     seed: int
     microbatches: int
@@ -206,12 +214,15 @@ class Run:
                 for warning in self.alarm.observe(record):
                     logging.warning("%s", warning)
             self.run_hooks(state, step, phase, last)
+            last = last or self.patience.skips(phase.name)
             stop = self.interruption.requested(step)
             if step % self.checkpoint_period == 0 or last or stop:
                 self.save(state, step, phase, phase_step)
             if stop:
                 self.wait()
                 raise Interrupted(step)
+            if last:
+                break
         return state
 
     def compiled_step(self, phase: Phase) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
@@ -254,12 +265,14 @@ class Run:
                     figures = hook.measure(state.params, step)
                 named = {f"{hook.name}/{key}": float(value) for key, value in figures.items()}
                 self.telemetry.write({"step": step, "phase": phase.name} | named)
+                self.patience.add(step, phase.name, named)
 
     def save(self, state: TrainState, step: int, phase: Phase, phase_step: int) -> None:
         """Writes a checkpoint of a state that is known to be good."""
         self.watch.settle()
         with self.telemetry.lost("checkpoint"):
             place = {"phase": phase.name, "phase_step": phase_step, "mesh": dict(self.layout.mesh.shape)}
+            place["early_stopping"] = self.patience.as_json()
             self.checkpoints.save(step, state, {**self.facts, **place}, self.telemetry.logged(step))
 
     def wait(self) -> None:

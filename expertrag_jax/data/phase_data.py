@@ -1,0 +1,38 @@
+"""One data set for several phases of a system: the phases of an alternating training see the same questions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+Dataset = Callable[[int], Iterator[Any]]
+
+
+class PhaseData(Mapping):
+    """``{phase name: dataset}``, for DATASETS and EVAL_DATASETS.
+
+    Args:
+      dataset: gives batches from a step on, without end where it is trained on.
+      system: has ``phases``, each with ``name`` and ``steps``.
+      phases: regular expression of the names that are in it.
+      go_on: each phase starts in the data where the one before it ended; otherwise each starts at its beginning, which
+        is right for measuring.
+    """
+
+    def __init__(self, dataset: Dataset, system: Any, phases: str = ".*", go_on: bool = True):
+        self._dataset, self._starts, position = dataset, {}, 0
+        for phase in system.phases:
+            if re.fullmatch(phases, phase.name):
+                self._starts[phase.name] = position
+                position += phase.steps if go_on else 0
+
+    def __getitem__(self, name: str) -> Dataset:
+        start = self._starts[name]
+        return lambda step: self._dataset(start + step)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts)

@@ -1,0 +1,102 @@
+"""Early stopping: when patience ends, what is skipped, and that a resumed run stops alike."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from expertrag_jax.errors import UserError
+from expertrag_jax.systems.system import Phase
+from expertrag_jax.training.early_stopping import EarlyStopping, Patience
+from expertrag_jax.training.loop import Hook, train
+
+
+def fed(rule, values, **where):
+    patience = Patience(rule)
+    for step, value in enumerate(values, 1):
+        patience.add(step, where.get("phase", "a"), {rule.metric: value})
+    return patience
+
+
+@pytest.mark.parametrize(
+    "values, larger, stops",
+    [
+        ([3, 2, 1, 0.5], False, False),
+        ([3, 2, 2.5, 2], False, True),  # an equal value is no better
+        ([3, 2, 2.5, 1.9, 2], False, False),
+        ([1, 2, 1.5, 1.9], True, True),
+        ([3, float("nan"), float("inf")], False, True),
+        ([float("nan"), 3, 4], False, False),
+    ],
+)
+def test_patience(values, larger, stops):
+    rule = EarlyStopping("eval/loss", 2, larger_is_better=larger)
+    patience = fed(rule, values)
+    assert patience.exhausted == stops
+    again = Patience(rule, json.loads(json.dumps(patience.as_json())))
+    assert again.as_json() == patience.as_json() and again.exhausted == stops
+    assert not Patience(None, patience.as_json()).exhausted
+
+
+def test_other_phases_and_metrics_do_not_count():
+    rule = EarlyStopping(patience=1, phases="max.*")
+    patience = fed(rule, [1, 2, 3], phase="warm")
+    patience.add(4, "max", {"eval/other": 3})
+    assert patience.as_json() == {"best": None, "best_step": None, "in_vain": 0}
+    patience.add(5, "max_1", {"eval/loss": 3})
+    patience.add(6, "max_2", {"eval/loss": 4})
+    assert patience.best_step == 5 and patience.skips("max_3") and not patience.skips("gate")
+
+
+def test_impossible_rules_are_refused():
+    for fields, message in (({"patience": 0}, "at least 1"), ({"phases": "("}, "not a regular expression")):
+        with pytest.raises(UserError, match=message):
+            EarlyStopping(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Two phases that follow one slope, and a third."""
+
+    def init(self, rng):
+        del rng
+        return {"w": jnp.zeros(())}
+
+    def logical_axes(self):
+        return {"w": ()}
+
+    @property
+    def phases(self):
+        def loss(params, batch, rng):
+            return -params["w"], {"loss": (-params["w"] * 8.0, jnp.asarray(8.0))}
+
+        return tuple(Phase(name, 4, loss, optax.sgd(1.0)) for name in ("em_1", "em_2", "gate"))
+
+
+def test_a_run_leaves_its_phase_and_stays_stopped(tmp_path):
+    """The measured value is best at step 2; the run ends at 3, and `gate`, which the rule does not name, still runs."""
+    seen = []
+
+    def measure(params, step):
+        seen.append(step)
+        return {"loss": abs(float(params["w"]) - 2.0)}
+
+    def data(start):
+        return iter([np.zeros((8, 1), np.float32)] * (4 - start))
+
+    def run(**more):
+        hooks = (Hook("eval", 1, measure),)
+        rule = EarlyStopping(patience=1, phases="em_.*")
+        datasets = dict.fromkeys(("em_1", "em_2", "gate"), data)
+        return train(Line(), datasets, tmp_path / "model", hooks=hooks, early_stopping=rule, log_period=1, **more)
+
+    state = run()
+    assert float(state.params["w"]) == int(state.step) == 7 and seen == [1, 2, 3, 4, 5, 6, 7]
+    assert int(run().step) == 7 and len(seen) == 7  # resumed: nothing is left to do
+    for step in (6, 7):  # resumed where it had stopped: the rest of em_1 and em_2 stay out
+        path = tmp_path / "model" / "checkpoints" / str(step)
+        path.exists() and path.rename(tmp_path / f"moved_{step}")
+    assert int(run().step) == 7 and seen[7:] == [4, 5, 6, 7]
