@@ -51,7 +51,7 @@ def buckets(
     """Token choice, ``capacity`` slots per expert and group; what does not fit is dropped.
 
     Args:
-      exact: repeat with room for every token if any was dropped.
+      exact: start again without capacity, as ``dropless`` does, if any was dropped.
       prioritised: slots go to the surest tokens first, not to the first in the text.
     """
     num_experts, size = router.kernel.shape[-1], x.shape[1]
@@ -69,7 +69,9 @@ def buckets(
     overflow = (figures.dropped * figures.tokens).sum()
     if axes.used:  # all devices take the same path: the exchange needs every one of them
         overflow = jax.lax.psum(overflow, axes.used)
-    y = jax.lax.cond(overflow > 0, lambda: run(routing.fill_buckets(choice, num_experts, size)), lambda: run(slots))
+    y = jax.lax.cond(
+        overflow > 0, lambda: _without_capacity(x, choice, kernels, num_experts, activations, axes), lambda: run(slots)
+    )
     return y, figures.replace(dropped=jnp.zeros_like(figures.dropped))
 
 
@@ -89,21 +91,27 @@ def expert_choice(
 def dropless(
     x, router_input, valid, router, kernels, *, k, activations, axes=ONE_DEVICE
 ) -> tuple[jax.Array, RouterStatistics]:
-    """Token choice without capacity: rows sorted by expert, each expert reads as many as chose it.
-
-    With an expert axis of n, shapes are static only where any device can receive all choices of all n: buffers and
-    traffic are n times those of a balanced load. The numbers of rows travel in a third, small ``all_to_all``.
-    """
+    """Token choice without capacity: rows sorted by expert, each expert reads as many as chose it."""
     num_experts = router.kernel.shape[-1]
     logits = router.logits(router_input)
     choice = routing.route(logits, valid, k, router.bias)
     figures = choice_statistics(logits, choice, None)
+    return _without_capacity(x, choice, kernels, num_experts, activations, axes), figures
+
+
+def _without_capacity(x, choice, kernels, num_experts, activations, axes):
+    """x [G, S, D] through the experts of ``choice``, all of it.
+
+    With an expert axis of n, shapes are static only where any device can receive all choices of all n: buffers and
+    traffic are n times those of a balanced load. The numbers of rows travel in a third, small ``all_to_all``.
+    """
+    k = choice.expert_index.shape[-1]
     rows = x.reshape(1, -1, x.shape[-1])
     weight = choice.weight.reshape(1, -1, k)
-    expert = jnp.where(valid[..., None], choice.expert_index, num_experts).reshape(-1, k)
+    expert = jnp.where(choice.valid[..., None], choice.expert_index, num_experts).reshape(-1, k)
     if axes.expert == 1:
         run = functools.partial(_run_sorted, kernels=kernels, activations=activations, axes=axes)
-        return run(rows, expert, weight).reshape(x.shape), figures
+        return run(rows, expert, weight).reshape(x.shape)
     local, room = num_experts // axes.expert, expert.size
     owners = routing.sort_by_owner(expert, num_experts, axes.expert)
     sent = dispatch.gather_tokens(rows, owners.slots).reshape(axes.expert, room, -1)
@@ -115,7 +123,7 @@ def dropless(
     ones = jnp.where(mine < local, 1.0, 0.0).reshape(1, -1, 1)
     outputs = _run_sorted(flat, mine.reshape(-1, 1), ones, kernels=kernels, activations=activations, axes=axes)
     returned = swap(outputs.reshape(received.shape)).reshape(1, -1, received.shape[-1])
-    return dispatch.combine(returned, weight, owners.slots).reshape(x.shape), figures
+    return dispatch.combine(returned, weight, owners.slots).reshape(x.shape)
 
 
 def _run_sorted(rows, expert, weight, *, kernels, activations, axes):
