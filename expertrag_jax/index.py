@@ -184,9 +184,8 @@ def tune(
         reached = dense.tune(queries, vectors)
         print(f"ScaNN finds {reached:.3f} of the exact search's best 20", flush=True)
     if hasattr(index, "fit_weight"):
-        recalls = index.fit_weight(queries, gold)
-        best = max(recalls.values())
-        print(f"hybrid: weight {index.weight:.2f} of the dense score, R@20 {best:.3f}", flush=True)
+        recalls = index.fit_weight(queries, gold, never_below=(1, 5, 20, 100))
+        print(f"hybrid: weight {index.weight:.2f} of the dense score, R@20 {recalls[index.weight]:.3f}", flush=True)
 
 
 class _bar:

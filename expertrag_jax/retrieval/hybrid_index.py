@@ -140,6 +140,7 @@ class HybridIndex:
         gold_rows: Sequence[set[int]],
         k: int = 20,
         weights: Sequence[float] = tuple(np.linspace(0, 1, 21).tolist()),
+        never_below: Sequence[int] = (),
     ) -> dict[float, float]:
         """Set `weight` to the one with the best recall@k on training questions.
 
@@ -150,21 +151,29 @@ class HybridIndex:
           gold_rows: B sets of rows that answer them.
           k: cut-off of the recall.
           weights: to try; 0 and 1 rank by one index, the other's candidates only fill up.
+          never_below: cut-offs, none above half of `candidates`; a weight with which the recall at one of them falls
+            below that of weight 0 is not taken.
 
         Returns:
           recall@k by weight.
         """
-        both = self.search_both(queries, k)
-        recalls = {
-            weight: recall_at_k(combine(*both, weight, k)[0], gold_rows, (k,))[k] for weight in weights
-        }
-        best = [weight for weight in weights if recalls[weight] == max(recalls.values())]
+        ks = tuple(sorted({k, *never_below}))
+        both = self.search_both(queries, ks[-1])
+
+        def measure(weight):
+            return recall_at_k(combine(*both, weight, ks[-1])[0], gold_rows, ks)
+
+        lexical, measured = measure(0.0), {weight: measure(weight) for weight in weights}
+        recalls = {weight: found[k] for weight, found in measured.items()}
+        safe = [w for w in weights if all(measured[w][cut] >= lexical[cut] for cut in never_below)] or weights
+        highest = max(recalls[weight] for weight in safe)
+        best = [weight for weight in safe if recalls[weight] == highest]
         self.weight = float(best[len(best) // 2])
         _LOG.info(
             "hybrid weight %.2f: recall@%d %.4f on %d questions",
             self.weight,
             k,
-            max(recalls.values()),
+            highest,
             len(queries),
         )
         return recalls

@@ -68,6 +68,22 @@ def test_the_weight_is_fitted_and_kept(tmp_path):
         np.testing.assert_array_equal(wanted, found)
 
 
+def test_a_weight_that_costs_recall_at_another_cut_off_is_not_taken():
+    passages, vectors, queries, gold = world()
+    index = HybridIndex(dense="exact", candidates=50).build(passages, vectors)
+
+    def recall(weight, k):
+        return recall_at_k(combine(*index.search_both(queries, 5), weight, 5)[0], gold, (k,))[k]
+
+    recalls = index.fit_weight(queries, gold, k=5)
+    free = index.weight
+    assert recall(free, 1) < recall(0.0, 1)  # so that the condition binds
+    assert index.fit_weight(queries, gold, k=5, never_below=(1,)) == recalls
+    assert recall(index.weight, 1) >= recall(0.0, 1)
+    safe = [weight for weight in recalls if recall(weight, 1) >= recall(0.0, 1)]
+    assert recalls[index.weight] == max(recalls[weight] for weight in safe)
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(UserError, match="unknown dense index 'bm25'"):
         make_index("hybrid", dense="bm25")
