@@ -105,7 +105,8 @@ class ExactIndex:
             part = vectors[start : start + self.max_batch]
             size = len(part)
             part = np.pad(part, ((0, min(_bucket(size), self.max_batch) - size), (0, 0)))
-            found = self._search(part, self._vectors, np.int32(self._count), k=_bucket(k))
+            with jax.set_mesh(self.mesh):  # a training run that asks has a mesh of its own around it
+                found = self._search(part, self._vectors, np.int32(self._count), k=_bucket(k))
             rows[start : start + size], scores[start : start + size] = (
                 np.asarray(array)[:size, :k] for array in found
             )
