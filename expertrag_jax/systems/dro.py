@@ -180,12 +180,19 @@ class DRO:
 
         Returns:
           (score, present [B, 1, n]): ``score(choices [B, m, K]) -> (logits [B, m, K, n], router collections)``.
+        Raises:
+          UserError: fewer than K candidates, or more than it has identifiers for.
         """
+        count = passage_tokens.shape[1]
+        if not self.num_selected <= count <= self.num_candidates:
+            raise UserError(
+                f"a question has {count} passages and DRO chooses {self.num_selected} out of at most "
+                f"{self.num_candidates}: set NUM_PASSAGES to a number between them."
+            )
         config, params = self._selector, params["selector"]
         encode_rng, decode_rng = (None, None) if rng is None else jax.random.split(rng)
         candidates = self._encode(config, params, passage_tokens, encode_rng)
         first = config.vocab_size - self.num_candidates  # identifier of the first candidate
-        count = passage_tokens.shape[1]
         identifiers = params["token_embedder"]["embedding"][first : first + count].astype(candidates.states.dtype)
         states = (candidates.states + identifiers[:, None]).reshape(len(passage_tokens), -1, config.embed_dim)
         mask = candidates.mask.reshape(len(passage_tokens), -1)
@@ -220,15 +227,21 @@ class DRO:
 
     def read_choices(self, params, passage_tokens: Array, choices: Array, rng: Array | None = None):
         """Candidates [B, n, P] and choices [B, m, K] of them -> (Memory of B * m rows, router collection)."""
-        candidates = self._encode(self.model, params, passage_tokens, rng)
         pick = jax.vmap(lambda passages, chosen: passages[chosen])
-        states, mask = pick(candidates.states, choices), pick(candidates.mask, choices)  # [B, m, K, P, D]
+        samples, places = choices.shape[1:]
+        alone = samples * places <= passage_tokens.shape[1]  # then nothing but what was chosen is encoded
+        read = pick(passage_tokens, choices.reshape(len(choices), -1)) if alone else passage_tokens
+        encoded = self._encode(self.model, params, read, rng)
+        # [B, m, K, P, D] and [B, m, K, P]
+        states, mask = (
+            x.reshape(*choices.shape, *x.shape[2:]) if alone else pick(x, choices)
+            for x in (encoded.states, encoded.mask)
+        )
         first = self.model.vocab_size - self.num_selected
-        places = params["token_embedder"]["embedding"][first : first + choices.shape[-1]]
-        states = states + places[:, None].astype(states.dtype)
-        rows = choices.shape[0] * choices.shape[1]
-        states, mask = states.reshape(rows, -1, states.shape[-1]), mask.reshape(rows, -1)
-        return generator.apply(self.model, params, states, mask, method="memory")[0], candidates.router
+        numbers = params["token_embedder"]["embedding"][first : first + places]
+        states = (states + numbers[:, None].astype(states.dtype)).reshape(len(choices) * samples, -1, states.shape[-1])
+        mask = mask.reshape(len(states), -1)
+        return generator.apply(self.model, params, states, mask, method="memory")[0], encoded.router
 
     def answer_losses(self, params, batch: Batch, choices: Array, rng: Array | None = None):
         """Token losses of each question's answer under each of its choices [B, m, K].
@@ -258,11 +271,6 @@ class DRO:
 
     def _encode(self, config, params, passage_tokens, rng) -> Candidates:
         rows, count, length = passage_tokens.shape
-        if not self.num_selected <= count <= self.num_candidates:
-            raise UserError(
-                f"a question has {count} passages and DRO chooses {self.num_selected} out of at most "
-                f"{self.num_candidates}: set NUM_PASSAGES to a number between them."
-            )
         states, router = generator.apply(
             config, params, fusion.fold_passages(passage_tokens), None, rng is None, method="encode", rng=rng
         )

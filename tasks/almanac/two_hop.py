@@ -2,7 +2,8 @@
 
 The article of the person states the instrument and names the employer; the article of the employer states the town. Six
 decoys are three other persons and their employers. All values are drawn afresh for every question, so both articles
-have to be found and read: the first by the name in the question, the second by the name in the first.
+have to be found and read: the first by the name in the question, the second by the name in the first. Words of the
+question lead a retriever to the first, and to companies, but not to the right one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from tasks.almanac.phrasing import RELATIONS
 
 PERSONS = 4  # of a question, the one it asks about included; as many companies
 PASSAGES = 2 * PERSONS
-QUESTION = "instrument and employer residence of {name}"
+QUESTION = "instrument and home of the employer of {name}"
 
 _BY_NAME = {relation.name: relation for relation in RELATIONS}
+_HOME = "has a home in {value}"  # one of the clauses: its words are in the question
 _EMPLOYER, _INSTRUMENT, _RESIDENCE = (_BY_NAME[name] for name in ("employer", "instrument", "residence"))
 
 
@@ -39,7 +41,7 @@ def two_hop_examples(names: Sequence[str], rng: np.random.Generator) -> Iterator
         passages = []
         for i, (person, company, instrument, town) in enumerate(zip(persons, companies, instruments, towns)):
             plays, works = _clause(_INSTRUMENT, instrument, rng), _clause(_EMPLOYER, company, rng)
-            texts = ((names[person], f"{plays} and {works}"), (company, _clause(_RESIDENCE, town, rng)))
+            texts = ((names[person], f"{plays} and {works}"), (company, _HOME.format(value=town)))
             passages += [{"title": title, "text": text, "relevance": float(i == 0)} for title, text in texts]
         question = QUESTION.format(name=names[persons[0]])
         order = by_overlap(question, passages, rng)
@@ -51,9 +53,9 @@ def two_hop_examples(names: Sequence[str], rng: np.random.Generator) -> Iterator
 
 
 def by_overlap(question: str, passages: Sequence[dict], rng: np.random.Generator) -> list[int]:
-    """What a lexical retriever makes of it: passages by how many title words the question has, ties at random."""
-    words = set(question.split())
-    shared = np.array([len(words & set(passage["title"].split())) for passage in passages])
+    """What a lexical retriever makes of it: passages by how many words they share with it, ties at random."""
+    asked = set(question.split()) - {"and", "the", "of"}
+    shared = np.array([len(asked & set(f"{passage['title']} {passage['text']}".split())) for passage in passages])
     return np.lexsort((rng.random(len(passages)), -shared)).tolist()
 
 

@@ -27,6 +27,6 @@ def test_the_chain_leads_to_the_answer_and_nothing_else_does():
         second.append(example["passages"][1]["title"] == employer)
         texts = [example["question"], *example["answers"], *(f"{t} {p['text']}" for t, p in passages.items())]
         assert set(" ".join(texts).split()) <= known
-    assert np.mean(second) < 0.15
+    assert 0.05 < np.mean(second) < 0.35
     again = next(two_hop.two_hop_examples(NAMES, np.random.default_rng(0)))
     assert again == examples[0]
