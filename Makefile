@@ -6,7 +6,7 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test golden soak lint clean
+.PHONY: help demo test golden soak bench lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -24,6 +24,11 @@ golden: $(SETUP) ## rewrite the golden files that tests compare with
 
 soak: $(SETUP) ## kill a training run 30 times and compare its end with an uninterrupted one (5 minutes; ARGS="--seed 1")
 	JAX_PLATFORMS=cpu $(BIN)/python tests/soak/soak.py $(ARGS)
+
+bench: $(SETUP) ## step time, memory and scaling of models and MoE layers; tables here, rows in runs/bench/*.json (20 minutes)
+	mkdir -p runs/bench
+	for name in moe train_step accumulation scaling rag; do \
+	  JAX_PLATFORMS=cpu $(BIN)/python benchmarks/$$name.py --json runs/bench/$$name.json || exit 1; done
 
 lint: $(SETUP) ## ruff
 	$(BIN)/ruff check .
