@@ -23,7 +23,7 @@ class CompiledStep:
       parameters, parameter_bytes: number and size of the system's parameters.
       state_bytes: parameters, optimizer state and counters, on one device.
       temp_bytes: what the compiler reserves beside arguments and results, on one device: activations, gradients.
-      peak_bytes: arguments, results and temporaries that are live at once, by the compiler, on one device.
+      peak_bytes: arguments, results that do not lie where arguments lay, and temporaries, on one device.
     """
 
     def __init__(self, system: System, batch: Any, microbatches: int = 1):
@@ -40,7 +40,8 @@ class CompiledStep:
             self._step = step.lower(self._state, self._batch).compile()
         memory = self._step.memory_analysis()
         self.temp_bytes, self.state_bytes = memory.temp_size_in_bytes, memory.alias_size_in_bytes
-        self.peak_bytes = memory.peak_memory_in_bytes
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        self.peak_bytes = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
         leaves = jax.tree.leaves(self._state.params)
         self.parameters, self.parameter_bytes = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
 

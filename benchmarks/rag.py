@@ -5,9 +5,9 @@
 
 The trainer's own compiled step of ``RAG``'s phase on random tokens: K passages of ``--inputs`` tokens per question go
 through the encoder in one batch, each with its own cross-attention keys and values; the decoder runs once per passage.
-``temp`` is what the compiler reserves beside arguments and results, ``peak`` its own figure for all that is live at
-once, and ``logits`` what float32 logits of all passages and positions would take: they never exist as a whole, one
-position is worked on at a time and again in the backward pass. ``--whole_logits`` measures that form too. The slopes
+``temp`` is what the compiler reserves beside arguments and results, ``peak`` all three together (donated state once),
+and ``logits`` what float32 logits of all passages and positions would take: they never exist as a whole, one position
+is worked on at a time and again in the backward pass. ``--whole_logits`` measures that form too. The slopes
 are of least squares on logarithms of time and memory over K: 1 is linear. Needs no TensorFlow.
 """
 
