@@ -110,14 +110,16 @@ def expected_encoder(system: Any, params: Any, index_dir: str | Path, trained_in
     """What ``manifest.encoder_digest`` of an index must be for this system; None where nobody can tell.
 
     A system that weighs passages trains its query encoder on frozen passage vectors: its index is of the encoder that
-    the training's index was made with, or of the one that embedded the passages again.
+    the training's index was made with, or was made again by the trained one or by the copy of the last refresh.
     """
+    own = encoder_digest(params)
     if not getattr(system, "weighs_passages", False):
-        return encoder_digest(params)
+        return own
     copy = dict(params).get("candidate_encoder")
     again = None if copy is None else parameters_digest(jax.tree.map(np.asarray, dict(copy["encoder"])))
-    if again is not None and read_manifest(index_dir).encoder_digest == again:
-        return again
+    found = read_manifest(index_dir).encoder_digest
+    if found in (own, again):
+        return found
     there = trained_index is not None and Path(trained_index).is_dir()
     return read_manifest(trained_index).encoder_digest if there else None
 

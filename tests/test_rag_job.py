@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from expertrag_jax.main import main
+from expertrag_jax.retrieval import versions
+from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.trained_model import open_model
 from expertrag_jax.training import parameters
@@ -59,10 +61,9 @@ def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("system,decoding", [("rag_token", "beam"), ("rag_sequence", "thorough")])
-def test_rag_trains_and_answers_from_either_index(system, decoding, files, tiny, tmp_path):
+def test_rag_trains_and_answers_from_either_index(files, tiny, tmp_path):
     model = tmp_path / "model"
-    assert training(files, tiny, model, system, DECODING=decoding, NUM_BEAMS=2, NULL_DOCUMENT=True) == 0
+    assert training(files, tiny, model, "rag_sequence", DECODING="thorough", NUM_BEAMS=2, NULL_DOCUMENT=True) == 0
     logged = records(model / "logs" / "metrics.jsonl")
     assert all(record["loss"] > 0 and 0 < record["retrieval/prior_entropy"] for record in logged)
     before = parameters.flatten(tiny.params["query_encoder"])["projection/kernel"]
@@ -75,3 +76,21 @@ def test_rag_trains_and_answers_from_either_index(system, decoding, files, tiny,
         with_index = () if edition == 0 else ("--index_dir", files / "index1")
         assert run(*ask, "--output", output, *with_index) == 0
         assert all(len(record["passages"]) == 2 and record["score"] < 0 for record in records(output))
+
+
+def test_refreshed_candidates_survive_a_restart(files, tiny, tmp_path):
+    """4 steps, candidates and passages refreshed every 2; a run that ended after 3 and went on ends with the same."""
+    refreshed = {"REFRESH_PERIOD": 2, "CHECKPOINT_PERIOD": 3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for model, stops in ((whole, (4,)), (parts, (3, 4))):
+        for steps in stops:
+            given = refreshed | {"TRAIN_STEPS": steps, "VERSIONS_DIR": str(tmp_path / f"{model.name}_versions")}
+            assert training(files, tiny, model, "rag_token", **given) == 0
+    ours, theirs = (parameters.flatten(open_model(model).params) for model in (parts, whole))
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    np.testing.assert_allclose(ours["candidate_encoder/refreshes"], 3)
+    logged = [records(model / "logs" / "metrics.jsonl")[-1]["loss"] for model in (parts, whole)]
+    assert logged[0] == logged[1]
+    version = open_index(versions.current(tmp_path / "whole_versions"))  # the passages were embedded again
+    assert version.manifest.encoder_digest != open_index(files / "index0").manifest.encoder_digest
