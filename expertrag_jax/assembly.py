@@ -118,7 +118,7 @@ def expected_encoder(system: Any, params: Any, index_dir: str | Path, trained_in
     copy = dict(params).get("candidate_encoder")
     again = None if copy is None else parameters_digest(jax.tree.map(np.asarray, dict(copy["encoder"])))
     found = read_manifest(index_dir).encoder_digest
-    if found in (own, again):
+    if found is not None and found in (own, again):
         return found
     there = trained_index is not None and Path(trained_index).is_dir()
     return read_manifest(trained_index).encoder_digest if there else None
