@@ -244,4 +244,4 @@ def test_the_number_of_passages_must_fit(tiny):
     system = make(tiny)
     for count in (1, 5):
         with pytest.raises(UserError, match="set NUM_PASSAGES"):
-            jax.eval_shape(system.select, system.init(jax.random.key(0)), tiny.batch(2, count).passage_tokens)
+            jax.eval_shape(system.select, tiny.initial(system), tiny.batch(2, count).passage_tokens)
