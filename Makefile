@@ -17,7 +17,7 @@ demo: $(SETUP) ## the almanac: from nothing to a trained, gated, evaluated and e
 	$(BIN)/expertrag demo --gin_file=runs/almanac.gin
 
 test: $(SETUP) ## unit and end-to-end tests (EXPERTRAG_DATA=folder adds those on real text; WORKERS=1 for less memory)
-	$(PYTEST) tests -n $(WORKERS) --dist loadfile
+	$(PYTEST) tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 golden: $(SETUP) ## rewrite the golden files that tests compare with
 	JAX_PLATFORMS=cpu $(BIN)/python tests/golden_shardings.py
