@@ -39,6 +39,7 @@ from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.train import Stage, train
 from expertrag_jax.trained_model import open_model
 from expertrag_jax.training.log import expert_load, losses_by_phase
+from expertrag_jax.training.phases import check_steps
 from expertrag_jax.training.pretrained import save_parameters
 from expertrag_jax.vocabulary import Vocabulary, train_vocabulary
 from tasks.almanac import AlmanacConfig, World
@@ -163,6 +164,7 @@ def demo(
     directory = Path(model_dir).expanduser().absolute()
     if system.gate_objective != "utility":
         raise UserError("the demo measures losses of both arms, which are no labels: set gate_objective = 'utility'.")
+    check_steps((*retriever.phases, *system.phases))
     directory.mkdir(parents=True, exist_ok=True)
     check_world(directory, world, seed)
     logging.set_verbosity(logging.ERROR)  # TFDS warns of every builder that is not in its catalogue

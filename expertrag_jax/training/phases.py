@@ -24,14 +24,20 @@ def check(phases: Sequence[Phase], datasets: Mapping[str, Callable], params: Any
     names = [phase.name for phase in phases]
     if len(set(names)) != len(names) or not names:
         raise UserError(f"Phases {names}: at least one, and each with its own name.")
+    check_steps(phases)
     for phase in phases:
         if phase.name not in datasets:
             raise UserError(
                 f"Phase '{phase.name}' has no data set; there are {', '.join(datasets) or 'none'}."
             )
+        parameters.trainable_names(params, phase.trainable)
+
+
+def check_steps(phases: Sequence[Phase]) -> None:
+    """UserError where a phase's steps are no whole number from 0."""
+    for phase in phases:
         if not isinstance(phase.steps, int) or phase.steps < 0:
             raise UserError(f"Phase '{phase.name}' has {phase.steps!r} steps; give a whole number, 0 or more.")
-        parameters.trainable_names(params, phase.trainable)
 
 
 def locate(phases: Sequence[Phase], name: str) -> int:
