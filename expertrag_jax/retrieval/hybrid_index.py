@@ -152,7 +152,7 @@ class HybridIndex:
           k: cut-off of the recall.
           weights: to try; 0 and 1 rank by one index, the other's candidates only fill up.
           never_below: cut-offs, none above half of `candidates`; a weight with which the recall at one of them falls
-            below that of weight 0 is not taken.
+            below that of weight 0 is not taken, and the best is that of the highest mean recall at k and these.
 
         Returns:
           recall@k by weight.
@@ -166,14 +166,14 @@ class HybridIndex:
         lexical, measured = measure(0.0), {weight: measure(weight) for weight in weights}
         recalls = {weight: found[k] for weight, found in measured.items()}
         safe = [w for w in weights if all(measured[w][cut] >= lexical[cut] for cut in never_below)] or weights
-        highest = max(recalls[weight] for weight in safe)
-        best = [weight for weight in safe if recalls[weight] == highest]
+        means = {weight: float(np.mean(list(measured[weight].values()))) for weight in safe}
+        best = [weight for weight in safe if means[weight] == max(means.values())]
         self.weight = float(best[len(best) // 2])
         _LOG.info(
             "hybrid weight %.2f: recall@%d %.4f on %d questions",
             self.weight,
             k,
-            highest,
+            recalls[self.weight],
             len(queries),
         )
         return recalls
