@@ -10,7 +10,9 @@ import types
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-OURS = {"expertrag_jax", "tasks", "toy_job"}
+SCRIPTS = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+OURS = {"expertrag_jax", "tasks", "toy_job"} | SCRIPTS  # a script imports those beside it
+UNPUBLISHED = {"flaxformer"}  # on no package index, and named by no extra: benchmarks/beside_t5x.py says so
 # Distributions that are not called what is imported.
 DISTRIBUTIONS = {
     "absl": "absl-py",
@@ -50,7 +52,7 @@ def imported(*folders: str) -> dict[str, str]:
             else:
                 names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in (name.partition(".")[0] for name in names):
-                if name not in sys.stdlib_module_names and name not in OURS:
+                if name not in sys.stdlib_module_names and name not in OURS | UNPUBLISHED:
                     found[canonical(DISTRIBUTIONS.get(name, name))] = str(path.relative_to(ROOT))
     return found
 
