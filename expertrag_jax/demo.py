@@ -53,7 +53,6 @@ EXAMPLE = "expertrag demo --gin_file=runs/almanac.gin --gin.MODEL_DIR=runs/alman
 EDITIONS = ("1", "2")
 NUM_STAGES = 12
 MODEL_DIRS = ("retriever", "generator", "model")
-BUCKETS = (1, 8, 16, 32, 64)  # close enough together that what is left at a stream's end wastes little padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +97,15 @@ class Measuring:
     Attributes:
       throughput_questions, rounds: questions per timed run of a policy, and runs of each.
       latency_questions: asked one at a time. exported_questions: answered with the export.
+      buckets: of answering, see ``Answerer``; close enough together that what is left at a stream's end wastes little
+        padding.
     """
 
     throughput_questions: int = 384
     rounds: int = 5
     latency_questions: int = 60
     exported_questions: int = 256
+    buckets: tuple[int, ...] = (1, 8, 16, 32, 64)
 
 
 @dataclasses.dataclass
@@ -311,7 +313,7 @@ def train_gate(run: Demo, world: AlmanacConfig) -> Service:
         run, "train the gate", "model", run.system, {"gate": dataset}, [Stage("gate", "gate")], initial=str(prepared)
     )
     with run.stages.stage("calibrate the gate") as advance:
-        model = open_model(run.directory / "model", calibrated=False, buckets=BUCKETS)
+        model = open_model(run.directory / "model", calibrated=False, buckets=run.measuring.buckets)
         service = service_from_model(model, "gate", run.index_dir("1"))
         records = read_split(world, run.directory / "world", "validation")
         questions = service.tokenise([record["question"] for record in records])
@@ -319,7 +321,7 @@ def train_gate(run: Demo, world: AlmanacConfig) -> Service:
         found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with)
         found.write(run.directory / "model", model.source.name)
         advance(note=f"threshold {found.threshold:.3f}, validation rate {found.retrieval_rate:.2f}")
-    return service_from_model(open_model(run.directory / "model", buckets=BUCKETS), "gate", run.index_dir("1"))
+    return service_from_model(open_model(run.directory / "model", buckets=run.measuring.buckets), "gate", run.index_dir("1"))
 
 
 def correctness(records: Sequence[dict], vocabulary: Vocabulary) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

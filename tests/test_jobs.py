@@ -243,10 +243,10 @@ def test_concatenated_passages_train_and_answer(files, tmp_path):
     assert {len(record["passages"]) for record in records} == {2}
 
 
-def test_a_killed_run_ends_with_the_same_parameters(files, tmp_path):
+def test_a_killed_run_ends_with_the_same_parameters(files, compiled_programs, tmp_path):
     """ExpertRAG with experts, question files through SeqIO, turns of two kinds of batches, two phases; kill -9.
 
-    All in processes of their own, so that all compile alike.
+    All in processes of their own, which run the same programs: the first one compiles them.
     """
     macros = {name: files / "questions.jsonl" for name in ("QUESTIONS", "GATE_QUESTIONS")}
     macros |= {"VOCABULARY": files / "vocabulary.model", "INDEX_DIR": files / "bm25"}
@@ -262,6 +262,10 @@ def test_a_killed_run_ends_with_the_same_parameters(files, tmp_path):
     def start(model_dir):
         command = [sys.executable, "-m", "expertrag_jax", *arguments, "--model_dir", model_dir]
         environment = os.environ | {"XLA_FLAGS": ""}  # one device
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": compiled_programs,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         return subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env=environment)
 
     assert start(whole).wait() == 0

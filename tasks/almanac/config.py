@@ -93,6 +93,7 @@ class AlmanacConfig:
       gate_facts, validation_facts: distinct facts in these splits.
       test_questions: test questions, so ``test_questions / questions_per_fact`` distinct facts.
       lessons: reading examples with randomised values; one split ``train_open_book_<name>`` for each.
+      lesson_share: part of the lessons' examples that is generated; below 1 for a quick look.
       invented_name_share: part of the open-book examples whose name is drawn from the inventories, not from
         the corpus.
       num_retriever_examples: question, positive and hard negative for the dual encoder.
@@ -117,6 +118,7 @@ class AlmanacConfig:
     validation_facts: int = 600
     test_questions: int = 4000
     lessons: Mapping[str, Lesson] = dataclasses.field(default_factory=lambda: dict(READING_LESSONS))
+    lesson_share: float = 1.0
     invented_name_share: float = 0.5
     num_retriever_examples: int = 16_000
 

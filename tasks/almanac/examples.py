@@ -73,7 +73,7 @@ def open_book_examples(world: World, lesson: str) -> Iterator[Example]:
     config = world.config
     rng = config.rng(f"open book {lesson}")
     # By name, so that the ids do not depend on the order of the lessons, which no digest tells.
-    total, number = config.lessons[lesson].examples, sorted(config.lessons).index(lesson)
+    total, number = round(config.lesson_share * config.lessons[lesson].examples), sorted(config.lessons).index(lesson)
     for start in range(0, total, _CHUNK):
         first_id = _ID_STRIDE + number * _LESSON_STRIDE + start
         yield from _open_book_chunk(world, rng, config.lessons[lesson], min(_CHUNK, total - start), first_id)

@@ -13,6 +13,7 @@ TENTH = (
     "AlmanacConfig.tail_ranks = 150",
     "AlmanacConfig.num_training_questions = 6000",
     "AlmanacConfig.num_retriever_examples = 1600",
+    "AlmanacConfig.lesson_share = 0.1",
     "AlmanacConfig.gate_facts = 120",
     "AlmanacConfig.validation_facts = 60",
     "AlmanacConfig.test_questions = 400",
@@ -20,18 +21,25 @@ TENTH = (
     "demo.task_feature_lengths = {'inputs': 20, 'targets': 8, 'query': 20, 'passages': 112}",
     "demo.passage_length = 90",
     "ExpertRAG.max_target_length = 8",
-    "Lesson.length = 48",
-    "paragraphs/Lesson.length = 80",
+    # equal shapes, so that lessons of as many passages share a compiled program
+    "Lesson.length = 112",
+    "Lesson.batch_size = 8",
+    "paragraphs/Lesson.batch_size = 8",
+    "articles/Lesson.batch_size = 8",
+    "families/Lesson.batch_size = 8",
+    "crowds/Lesson.batch_size = 8",
+    "paragraphs/Lesson.length = 112",
     "articles/Lesson.length = 112",
     "crowds/Lesson.length = 112",
+    "Measuring.buckets = (1, 64)",
     "DualEncoder.steps = 100",
     "ExpertRAG.gate_steps = 80",
-    "Lesson.steps = 10",
-    "sentence/Lesson.steps = 10",
-    "strangers/Lesson.steps = 10",
-    "namesakes/Lesson.steps = 10",
-    "paragraphs/Lesson.steps = 10",
-    "articles/Lesson.steps = 10",
+    "Lesson.steps = 5",
+    "sentence/Lesson.steps = 5",
+    "strangers/Lesson.steps = 5",
+    "namesakes/Lesson.steps = 5",
+    "paragraphs/Lesson.steps = 5",
+    "articles/Lesson.steps = 5",
     "Measuring.throughput_questions = 64",
     "Measuring.rounds = 2",
     "Measuring.latency_questions = 5",
@@ -46,9 +54,10 @@ POLICY_KEYS = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("almanac")
-    arguments = ["--gin_file=runs/almanac.gin", f"--gin.MODEL_DIR={directory}", "--gin.TRAIN_STEPS=80"]
+    arguments = ["--gin_file=runs/almanac.gin", f"--gin.MODEL_DIR={directory}", "--gin.TRAIN_STEPS=60"]
     bindings = [f"--gin_bindings={line}" for line in TENTH]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}  # one device, as a user's laptop has
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     command = [sys.executable, "-m", "expertrag_jax.demo", *arguments, *bindings]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

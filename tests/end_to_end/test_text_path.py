@@ -32,6 +32,9 @@ SMALL_READER = (
     "--gin.config.TransformerConfig.mlp_dim=32",
     "--gin.config.TransformerConfig.num_heads=2",
     "--gin.config.TransformerConfig.head_dim=8",
+    "--gin.config.TransformerConfig.num_encoder_layers=1",
+    "--gin.config.TransformerConfig.num_decoder_layers=1",
+    "--gin.config.TransformerConfig.expert_layer_period=1",
     "--gin.config.TransformerConfig.expert_group_size=8",  # eight devices share every batch
 )
 
