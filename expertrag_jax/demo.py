@@ -321,7 +321,8 @@ def train_gate(run: Demo, world: AlmanacConfig) -> Service:
         found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with)
         found.write(run.directory / "model", model.source.name)
         advance(note=f"threshold {found.threshold:.3f}, validation rate {found.retrieval_rate:.2f}")
-    return service_from_model(open_model(run.directory / "model", buckets=run.measuring.buckets), "gate", run.index_dir("1"))
+    model = open_model(run.directory / "model", buckets=run.measuring.buckets)
+    return service_from_model(model, "gate", run.index_dir("1"))
 
 
 def correctness(records: Sequence[dict], vocabulary: Vocabulary) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
