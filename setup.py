@@ -66,6 +66,7 @@ setup(
         # Beam's protobuf agrees with this SentencePiece, constraints.txt has another: leave it out for Beam.
         "beam": ["apache-beam", "sentencepiece==0.2.1", "google-crc32c"],
         "t5x": ["t5x @ git+https://github.com/google-research/t5x"],  # not on the package index
+        "hf": ["transformers>=5,<6", "torch>=2.9"],  # tests beside Hugging Face's RAG; torch for the CPU is enough
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "scipy>=1.14"],
     },
     entry_points={"console_scripts": ["expertrag = expertrag_jax.main:main"]},
