@@ -144,15 +144,15 @@ def run_seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, floa
     """{arm: {exact_match, both_chosen}} of one seed."""
     data = Data(seed)
     model = TransformerConfig(
-        vocab_size=data.vocab_size, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=128, num_encoder_layers=2,
-        num_decoder_layers=2,
-    )
+        vocab_size=data.vocab_size, embed_dim=64, num_heads=8, head_dim=8, mlp_dim=128, num_encoder_layers=2,
+        num_decoder_layers=2, logits_via_embedding=True,
+    )  # fmt: skip
     system = DRO(
         model, num_candidates=two_hop.PASSAGES, num_selected=CHOSEN, num_samples=options.samples,
         iterations=options.iterations, max_target_length=ANSWER, warm_generator_steps=options.warm_generator_steps,
         warm_selector_steps=options.warm_selector_steps, iteration_steps=options.steps,
-        warm_optimizer=lambda: optimizer.adamw(options.learning_rate, clip_norm=1.0),
-        optimizer=lambda: optimizer.adamw(options.learning_rate, clip_norm=1.0),
+        warm_optimizer=lambda: optimizer.adafactor(options.learning_rate),
+        optimizer=lambda: optimizer.adafactor(options.learning_rate),
     )  # fmt: skip
     trainer = Trainer(system, seed, options.verbose)
     batches = data.batches(data.train_names, seed, options.batch)
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of an iteration")
     parser.add_argument("--warm_generator_steps", type=int, default=2000)
     parser.add_argument("--warm_selector_steps", type=int, default=300)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rate", type=float, default=0.02, help="relative to a parameter's size")
     parser.add_argument("--test", type=int, default=1000, help="questions")
     parser.add_argument("--verbose", action="store_true", help="losses to standard error")
     parser.add_argument("--json", help="also write all figures here")

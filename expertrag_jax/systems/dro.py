@@ -44,6 +44,11 @@ Array = jax.Array
 GENERATOR, SELECTOR, PREVIOUS = "(token_embedder|encoder|decoder)/.*", "selector/.*", "previous/.*"
 
 
+def copying() -> optax.GradientTransformation:
+    """Plain descent with rate 1 on a distance copies; its second step removes the rounding error of the first."""
+    return optax.sgd(1.0)
+
+
 @struct.dataclass
 class Estimate:
     """The E-step of B questions.
@@ -144,8 +149,7 @@ class DRO:
             return (*warm_up, Phase("online", steps, self.online_loss, self.optimizer, both))
         iterations = (
             (
-                # Plain descent with rate 1 copies; its second step removes the rounding error of the first.
-                Phase(f"estimation_{i}", 2, self.distance_to_previous, lambda: optax.sgd(1.0), (PREVIOUS,)),
+                Phase(f"estimation_{i}", 2, self.distance_to_previous, copying, (PREVIOUS,)),
                 Phase(f"maximization_{i}", self.iteration_steps, self.loss, self.optimizer, both),
             )
             for i in range(1, self.iterations + 1)

@@ -27,7 +27,7 @@ from expertrag_jax.training.pretrained import start_from
 from expertrag_jax.training.profile import Profile
 from expertrag_jax.training.retention import Retention
 from expertrag_jax.training.state import Layout, TrainState
-from expertrag_jax.training.step import make_train_step
+from expertrag_jax.training.step import TrainStep, make_train_step
 from expertrag_jax.training.telemetry import Progress, Telemetry
 
 Dataset = Callable[[int], Iterator[Any]]  # position in the phase -> the batches from there on
@@ -195,6 +195,7 @@ class Run:
     checkpoint_period: int
     log_period: int
     alarm: CollapseAlarm = dataclasses.field(default_factory=CollapseAlarm)
+    steps: list[tuple[tuple, TrainStep]] = dataclasses.field(default_factory=list)  # made so far, by what made them
 
     def phase(self, state: TrainState, index: int) -> TrainState:
         """The remaining steps of a phase; the device is one step ahead of everything that is looked at."""
@@ -227,12 +228,7 @@ class Run:
 
     def compiled_step(self, phase: Phase) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
         """The phase's step on this process's rows; the seconds of compilation are counted as lost."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.layout.abstract_state(phase))
-        step = make_train_step(
-            phase.loss, phase.make_optimizer(), phase.trainable,
-            microbatches=self.microbatches, seed=self.seed, state_shardings=shardings,
-        )  # fmt: skip
-        seen = set()
+        step, seen = self.train_step(phase), set()
 
         def run(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
             shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(batch))
@@ -244,6 +240,20 @@ class Run:
                 return step(state, arrays)
 
         return run
+
+    def train_step(self, phase: Phase) -> TrainStep:
+        """The phase's step; phases that differ in name, steps and data alone share it, and are compiled once."""
+        made_of = (phase.loss, phase.optimizer, phase.trainable)
+        for known, step in self.steps:
+            if known == made_of:
+                return step
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.layout.abstract_state(phase))
+        step = make_train_step(
+            phase.loss, phase.make_optimizer(), phase.trainable,
+            microbatches=self.microbatches, seed=self.seed, state_shardings=shardings,
+        )  # fmt: skip
+        self.steps.append((made_of, step))
+        return step
 
     def next_batch(self, batches: Iterator[Any], phase: Phase, params: Any, phase_step: int) -> Any:
         """The next batch, prepared on the host; UserError where the data ends before the phase does."""

@@ -1,5 +1,6 @@
 """The run: resuming, stopping on a bad loss, hooks, logs, and messages."""
 
+import dataclasses
 import json
 
 import jax
@@ -47,6 +48,22 @@ def test_a_run_trains_logs_measures_and_saves(run, toy, tmp_path):
     assert list((tmp_path / "m" / "logs").glob("events.out.tfevents*"))
     metadata = pretrained.read_metadata(tmp_path / "m")
     assert (metadata["phase"], metadata["phase_step"], metadata["config"]) == ("head", 4, "x = 1")
+
+
+def test_phases_that_do_the_same_are_traced_once(run, toy, tmp_path):
+    traced = []
+
+    def loss(params, batch, rng):
+        traced.append(rng)
+        return toy.loss(params, batch, None)
+
+    once = loop.Phase("once", 2, loss, toy.Toy().phases[0].optimizer)
+    run(phases=(once,), datasets={"once": toy.data}, model_dir=tmp_path / "once")
+    first = len(traced)
+    again = [dataclasses.replace(once, name=name) for name in ("first", "second", "third")]
+    state = run(phases=tuple(again), datasets=dict.fromkeys(("first", "second", "third"), toy.data))
+    assert first and len(traced) == 2 * first
+    assert (int(state.step), int(state.phase), int(state.phase_step)) == (6, 2, 2)
 
 
 def test_the_logged_loss_is_the_mean_over_units_of_its_steps(run, toy, tmp_path):
