@@ -9,6 +9,9 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Programs of tests run a few times on a few numbers: optimising them takes longer. A test of what the optimiser makes
+# of a program asks for `optimised`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -41,14 +44,13 @@ def compiled_programs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fast_compile(compiled_programs):
-    """Compiles with little optimisation, and each program once for all tests that ask for this."""
+    """Compiles each program once for all tests that ask for this."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     settings = {
         "jax_compilation_cache_dir": compiled_programs,
         "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
@@ -58,6 +60,16 @@ def fast_compile(compiled_programs):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def optimised():
+    """Compiles as users' programs are."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

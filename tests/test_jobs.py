@@ -265,6 +265,7 @@ def test_a_killed_run_ends_with_the_same_parameters(files, compiled_programs, tm
         environment |= {
             "JAX_COMPILATION_CACHE_DIR": compiled_programs,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # as users' runs
         }
         return subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env=environment)
 

@@ -115,7 +115,7 @@ sys.exit(main(["answer", "--export_dir", {str(tiny_export)!r}, "--retrieve=alway
 """
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "COLUMNS": "100", "JAX_COMPILATION_CACHE_DIR": compiled_programs,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300

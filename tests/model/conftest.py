@@ -55,15 +55,6 @@ def tokens(batch=3, length=7, seed=0, padded=True):
     return rows
 
 
-@pytest.fixture(autouse=True, scope="package")
-def quick_compilation():
-    """These programs are compiled once and run once on a few numbers: optimizing them is lost time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture
 def tiny():
     """The helpers above, as one fixture."""
