@@ -9,9 +9,9 @@ that reading a checkpoint needs no optimizer library.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -175,21 +175,14 @@ class Checkpoints:
         any_problem(None)  # nobody looks before all are renamed
         self._checkpointer.reload()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turns the many errors of a full disk into one sentence."""
-        try:
-            yield
-        except Exception as error:
-            if not disk.is_full(error):
-                raise
-            directory = Path(self._checkpointer.directory)
+    def _explained(self) -> AbstractContextManager[None]:
+        directory = Path(self._checkpointer.directory)
+
+        def again() -> str:
             steps = [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]
-            resumed = f"goes on from step {max(steps)}" if steps else "starts from the beginning"
-            raise UserError(
-                f"The disk is full: a checkpoint could not be written to {directory}; earlier ones are whole. Make "
-                f"room and run the same command again, which {resumed}."
-            ) from error
+            return f"goes on from step {max(steps)}" if steps else "starts from the beginning"
+
+        return disk.explained(f"a checkpoint could not be written to {directory}; earlier ones are whole", again)
 
 
 def _half_written(directory: Path) -> list[int]:

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from expertrag_jax import partitioning
+from expertrag_jax import partitioning, train
 from expertrag_jax.errors import UserError
 from expertrag_jax.training import loop, optimizer, pretrained
 from expertrag_jax.training.nonfinite import NonFiniteLoss
@@ -47,6 +47,26 @@ def test_a_run_trains_logs_measures_and_saves(run, toy, tmp_path):
     assert list((tmp_path / "m" / "logs").glob("events.out.tfevents*"))
     metadata = pretrained.read_metadata(tmp_path / "m")
     assert (metadata["phase"], metadata["phase_step"], metadata["config"]) == ("head", 4, "x = 1")
+
+
+def test_what_an_evaluation_measures_is_whole_in_every_process(toy, monkeypatch):
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(data=4, tensor=2))
+    read = []
+    monkeypatch.setattr(train.jax, "device_get", lambda found: read.append(found) or jax.tree.map(np.asarray, found))
+
+    def loss(params, batch, rng):
+        scalar, metrics = toy.loss(params, batch, None)
+        load = jax.lax.with_sharding_constraint(metrics["load"][0], jax.sharding.PartitionSpec("tensor"))
+        return scalar, metrics | {"load": (load, metrics["load"][1])}
+
+    system = toy.Toy()
+    phase = loop.Phase("body", 2, loss, system.phases[0].optimizer)
+    with jax.set_mesh(mesh):
+        params = system.init(jax.random.key(0))
+        figures = train.evaluation(system, phase, toy.data, 1, mesh)(params, 0)
+    expected = float(toy.loss(params, toy.rows(0, 16), None)[0])
+    assert figures == {"loss": pytest.approx(expected, rel=1e-5)}
+    assert len(read) == 1 and all(leaf.is_fully_replicated for leaf in jax.tree.leaves(read[0]))
 
 
 def test_the_logged_loss_is_the_mean_over_units_of_its_steps(run, toy, tmp_path):
