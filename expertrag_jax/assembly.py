@@ -75,10 +75,10 @@ class AnswerSettings:
 
 
 def load_params(system: Any, checkpoint_path: str | Path) -> Any:
-    """Parameters from a MODEL_DIR (newest step), a ``checkpoints/<step>`` or exported parameters.
+    """Parameters from a MODEL_DIR, a ``checkpoints/<step>`` or exported parameters: see ``pretrained.read_whole``.
 
     Raises:
-      UserError: no checkpoint there, or parameters of other names or shapes.
+      UserError: no checkpoint there, a damaged one, or parameters of other names or shapes.
     """
     abstract = jax.eval_shape(system.init, jax.random.PRNGKey(0))
     return pretrained.restore_parameters(checkpoint_path, abstract)

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Callable, Iterator
+
+from expertrag_jax.errors import UserError
 
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "ENOSPC", "EDQUOT", "EFBIG")
+
+
+@contextlib.contextmanager
+def explained(what: str, again: Callable[[], str]) -> Iterator[None]:
+    """Turns the many errors of a full disk into one sentence.
+
+    Args:
+      what: could not be written, and what is whole.
+      again: what the same command does when there is room; asked for when it happens.
+
+    Raises:
+      UserError: in place of the error of a full disk; any other goes through.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_full(error):
+            raise
+        told = f"The disk is full: {what}. Make room and run the same command again, which {again()}."
+        raise UserError(told) from error
 
 
 def is_full(error: BaseException | None) -> bool:

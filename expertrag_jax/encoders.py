@@ -23,7 +23,7 @@ from expertrag_jax.retrieval.manifest import check_matches, parameters_digest
 from expertrag_jax.retrieval.retriever import Retriever
 from expertrag_jax.systems.description import rebuild
 from expertrag_jax.systems.retriever import DualEncoder
-from expertrag_jax.training.pretrained import checkpoint_dir, read_metadata, restore_parameters
+from expertrag_jax.training.pretrained import Stored, read_whole
 from expertrag_jax.vocabulary import Vocabulary
 
 Encode = Callable[[np.ndarray], jax.Array]
@@ -67,17 +67,9 @@ def load_encoder(path: str | Path) -> TrainedEncoder:
       path: MODEL_DIR, or one step of it, of a dual encoder or of a system with a query encoder.
 
     Raises:
-      UserError: there is no checkpoint, or none of a retriever.
+      UserError: there is no checkpoint, a damaged one, or none of a retriever.
     """
-    directory = checkpoint_dir(path)
-    facts = read_metadata(directory)
-    if "system" not in facts:
-        raise UserError(f"{directory} does not say its system: name a checkpoint of `expertrag train`.")
-    system = rebuild(facts["system"])
-    config = _dual_encoder_config(system)
-    if config is None:
-        raise UserError(f"{directory} holds no retriever but a {type(system).__name__}: name a retriever's.")
-    params = restore_parameters(directory, jax.eval_shape(system.init, jax.random.PRNGKey(0)))
+    directory, facts, config, params = read_whole(path, _read)
     towers = DualEncoder(config)
     has_passage_tower = config.shared or "passage_encoder" in params
     lengths = facts["task_feature_lengths"]
@@ -130,6 +122,18 @@ def check_encoder(loaded: LoadedIndex, encoder: TrainedEncoder) -> None:
     manifest = loaded.manifest
     check_matches(manifest, retriever_vocabulary_digest=encoder.vocabulary.digest, dimension=encoder.dimension)
     check_matches(manifest, encoder_digest=encoder.digest)  # last, for it differs where any of the others does
+
+
+def _read(stored: Stored) -> tuple[Path, dict[str, Any], DualEncoderConfig, Any]:
+    """(its directory, its metadata, the towers' configuration, the system's parameters)."""
+    if "system" not in stored.metadata:
+        raise UserError(f"{stored.directory} does not say its system: name a checkpoint of `expertrag train`.")
+    system = rebuild(stored.metadata["system"])
+    config = _dual_encoder_config(system)
+    if config is None:
+        raise UserError(f"{stored.directory} holds no retriever but a {type(system).__name__}: name a retriever's.")
+    params = stored.restore(jax.eval_shape(system.init, jax.random.PRNGKey(0)))
+    return stored.directory, stored.metadata, config, params
 
 
 def _dual_encoder_config(system: Any) -> DualEncoderConfig | None:

@@ -23,7 +23,6 @@ from expertrag_jax.interop.serving import service_from_export
 from expertrag_jax.retrieval.corpus import Question, read_questions_jsonl
 from expertrag_jax.service import Service, service_from_model
 from expertrag_jax.trained_model import GATE_FILE, open_model
-from expertrag_jax.training.pretrained import checkpoint_dir
 
 FLAGS = {
     "--model_dir": ("model_dir", "folder of the trained model, or"),
@@ -90,7 +89,7 @@ def infer(
         buckets=buckets,
     )
     service.check(asked, answers=mode == "score")
-    files = [questions, *model_files(model_dir, export_dir, checkpoint_path)]
+    files = [questions, service.source] + ([] if model_dir is None else [Path(model_dir) / GATE_FILE])
     key = job_key(service, files, mode, retrieve, num_passages)
     partial = Path(output).with_name(f"{Path(output).name}.{key}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -116,15 +115,11 @@ def default_output(questions: str, output_dir: str | None, mode: str) -> str:
     return str(Path(output_dir) / f"{name}-{mode}.jsonl")
 
 
-def model_files(model_dir: str | None, export_dir: str | None, checkpoint_path: str | None) -> list[Path]:
-    """Files whose contents, or for want of them paths, tell one model from another."""
-    if export_dir is not None:
-        return [Path(export_dir) / "manifest.json"]
-    return [Path(model_dir) / GATE_FILE, checkpoint_dir(checkpoint_path or model_dir)]
-
-
 def job_key(service: Service, files: Sequence[str | Path], *settings: Any) -> str:
-    """Eight hex digits: the same for a job that is repeated, others where a file, the index or a setting differs."""
+    """Eight hex digits: the same for a job that is repeated, others where a file, the index or a setting differs.
+
+    Files count by their contents; folders, and files that are not there, by their paths.
+    """
     retriever = service.answerer.retriever
     files = [Path(file) for file in files]
     if retriever is not None:

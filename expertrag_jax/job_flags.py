@@ -60,7 +60,7 @@ _SHARED: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("--coordinator_address", "process 0, where no launcher says it", {"metavar": "HOST:PORT"}),
         ("--process_count", "processes in all; 1: look for no others", {"type": int, "metavar": "N"}),
         ("--process_index", "this process, from 0", {"type": int, "metavar": "I"}),
-        ("--heartbeat_seconds", "silence after which a process is dead (default %(default)s)", _HEARTBEAT),
+        ("--heartbeat_seconds", "in which a death ends the others (default %(default)s)", _HEARTBEAT),
     ],
     "how to run": [
         ("--dry_run", "print the configuration, start nothing", _SWITCH),

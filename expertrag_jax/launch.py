@@ -20,6 +20,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -31,6 +32,8 @@ from expertrag_jax import disk, gin_errors, gin_files, job_flags, processes
 from expertrag_jax.errors import UserError
 
 DEFECT, USER_ERROR, INTERRUPTED = 1, 2, 130
+
+_started: dict[str, float] = {}
 
 
 def run(job_name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -44,13 +47,18 @@ def run(job_name: str, argv: Sequence[str] | None = None, prog: str | None = Non
     Raises:
       SystemExit: with the code that the module docstring lists, unless the job succeeded.
     """
-    code = execute(job_name, sys.argv[1:] if argv is None else argv, prog)
+    began = processes.start_time() if argv is None else None
+    code = execute(job_name, sys.argv[1:] if argv is None else argv, prog, began)
     if code:
         processes.leave(code)
 
 
-def execute(job_name: str, argv: Sequence[str], prog: str | None = None) -> int:
-    """Runs a job and returns the exit code; ``error: ...`` goes to standard error."""
+def execute(job_name: str, argv: Sequence[str], prog: str | None = None, began: float | None = None) -> int:
+    """Runs a job and returns the exit code; ``error: ...`` goes to standard error.
+
+    ``began``: see ``started``; None: now.
+    """
+    _started[job_name] = time.monotonic() if began is None else began
     debug = any(argument in ("--debug", "--debug=true") for argument in argv)
     try:
         return _execute(job_name, argv, prog or f"python -m {job_name.partition(':')[0]}")
@@ -65,6 +73,14 @@ def execute(job_name: str, argv: Sequence[str], prog: str | None = None) -> int:
             traceback.print_exc()
         print(f"{processes.prefix()}error: {sentence or type(error).__name__}", file=sys.stderr)
         return DEFECT if sentence is None else USER_ERROR
+    finally:
+        _started.pop(job_name, None)
+
+
+def started(job_name: str) -> float | None:
+    """When the job that runs was started, in monotonic seconds: with its process, where that is the command; None
+    where no such job runs, because its function was called from Python."""
+    return _started.get(job_name)
 
 
 def explain(error: BaseException) -> str | None:

@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from expertrag_jax import __version__, launch
+from expertrag_jax import __version__, launch, processes
 from expertrag_jax.gin_errors import nearest
 
 # command: (its job, what it does)
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = nearest(command, commands) or f": choose one of {', '.join(commands)}."
         print(f"error: expertrag has no command '{command}'{near}", file=sys.stderr)
         return launch.USER_ERROR
-    return launch.execute(commands[command][0], arguments[1:], f"expertrag {command}")
+    began = processes.start_time() if argv is None else None
+    return launch.execute(commands[command][0], arguments[1:], f"expertrag {command}", began)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from expertrag_jax.errors import UserError
 
-HEARTBEAT_SECONDS = 100  # JAX's own default
+HEARTBEAT_SECONDS = 100
 AUTO = "auto"
 
 _LOG = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def join(address: str | None, count: int | None, index: int | None, heartbeat_se
     Args:
       address: ``host:port`` of process 0, ``"auto"``, or None.
       count, index: of processes, and this one; None: the launcher's. A count of 1 alone: join nobody.
-      heartbeat_seconds: a process that was not heard of for so long is dead, and the others end.
+      heartbeat_seconds: so long after a process has died the others have ended.
       detect: whether to look for a launcher where no flag is given.
 
     Raises:
@@ -85,8 +86,8 @@ def join(address: str | None, count: int | None, index: int | None, heartbeat_se
     """
     if (address, index) == (None, None) and (count == 1 or (count is None and not detect)):
         return
-    if heartbeat_seconds < 1:
-        raise UserError(f"--heartbeat_seconds={heartbeat_seconds} is no duration: give at least 1.")
+    if heartbeat_seconds < 2:
+        raise UserError(f"--heartbeat_seconds={heartbeat_seconds} is too short to notice a death in: give at least 2.")
     launcher = None
     if None in (address, count, index) or address == AUTO:
         launcher = find_launcher(os.environ)
@@ -118,6 +119,17 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def start_time() -> float:
+    """When this process was started, in monotonic seconds; now, where there is no Linux to ask."""
+    now = time.monotonic()
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since boot: proc(5)
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return now
+    return now - max(0.0, age)
+
+
 def several() -> bool:
     """Whether this process is one of several; loads and starts nothing."""
     jax = sys.modules.get("jax")
@@ -142,7 +154,8 @@ def _initialize(arguments: Mapping[str, Any], heartbeat_seconds: int, launcher: 
     try:
         jax.distributed.initialize(
             **arguments,
-            heartbeat_timeout_seconds=heartbeat_seconds,
+            # The service looks once per timeout for who was silent so long: a death shows within twice the timeout.
+            heartbeat_timeout_seconds=heartbeat_seconds // 2,
             shutdown_timeout_seconds=heartbeat_seconds,  # at the end the others are waited for as long
         )
     except (ValueError, OSError, ImportError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,14 @@ class Service:
     Attributes:
       answerer: with its policy and retriever. settings: its sizes.
       reader_vocabulary, retriever_vocabulary: as trained.
+      source: the checkpoint's directory, or the manifest of the export.
     """
 
     answerer: Answerer
     settings: AnswerSettings
     reader_vocabulary: Vocabulary
     retriever_vocabulary: Vocabulary
+    source: Path
 
     def tokenise(self, questions: Sequence[Question | str]) -> Questions:
         """See ``assembly.tokenise_questions``."""
@@ -130,7 +133,7 @@ def service_from_model(model: Model, retrieve: str = "gate", index_dir: str | No
     answerer = assembly.answerer_from_model(
         model.system, model.params, index_dir, *vocabularies, policy, model.settings, model.index_dir
     )
-    return Service(answerer, model.settings, *vocabularies)
+    return Service(answerer, model.settings, *vocabularies, model.source)
 
 
 def choose_index(retrieve: str, index_dir: str | None, reads: bool) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import loop
 from expertrag_jax.training.compilation import keep_programs
 from expertrag_jax.training.early_stopping import EarlyStopping
-from expertrag_jax.training.goodput import read_summary
+from expertrag_jax.training.goodput import last_saved, read_summary
 from expertrag_jax.training.interruption import Interrupted
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
 from expertrag_jax.training.retention import Retention
@@ -129,7 +130,8 @@ def train(
       early_stopping: ends the run where what ``eval_datasets`` gives no longer improves.
       num_passages, index_dir: what the generator was trained to read, noted for answering.
       hang_seconds: after so long without a step, the stacks of all threads go to standard error and
-        ``logs/hang_<step>.txt``; compilation, checkpoints and evaluations may take four times as long. None: never.
+        ``logs/hang_<step>.txt``; the start, first batches, compilation, checkpoints and evaluations may take four times
+        as long. None: never.
       hang_abort: then the process also ends, with exit code 75; otherwise it goes on waiting.
       profile_steps: ``"100:105"`` traces the steps 100 to 104 for XProf, into ``logs/profile``.
       compilation_cache_dir: keeps compiled programs for the next start, of other runs too; None: as JAX is set, by
@@ -171,7 +173,7 @@ def train(
                 "index_dir": None if index_dir is None else str(Path(index_dir).absolute()),
             },
             progress=(progress or show) if first else None, hang_seconds=hang_seconds, hang_abort=hang_abort,
-            profile_steps=profile_steps,
+            profile_steps=profile_steps, started=launch.started("expertrag_jax.train"),
         )  # fmt: skip
     if told:
         print(f"trained {int(state.step)} steps: {directory / CHECKPOINTS / str(int(state.step))}", flush=True)
@@ -216,18 +218,20 @@ def keep_configuration(directory: Path, files: Mapping[str, tuple[str, Vocabular
 
 @contextlib.contextmanager
 def announced(directory: Path, phases: Sequence[Phase], mesh: Mesh) -> Iterator[None]:
-    """Says what will run and where its files are; when it has ended or was interrupted, where the time went."""
+    """Says what will run and where its files are; when it has ended, by an error too, where the time went."""
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     plan = ", then ".join(f"{phase.name} ({phase.steps} steps)" for phase in phases)
     print(f"training {plan} on {axes}", flush=True)
     print(f"checkpoints {directory / CHECKPOINTS}; logs {directory / LOGS}", flush=True)
+    before = last_saved(directory / LOGS)
     try:
         yield
     except Interrupted as stop:
         print(f"interrupted, saved at step {stop.step}: start again to go on")
-        print(read_summary(directory / LOGS), flush=True)
         raise
-    print(read_summary(directory / LOGS), flush=True)
+    finally:
+        if last_saved(directory / LOGS) != before:  # this start came so far as to count its time
+            print(read_summary(directory / LOGS), flush=True)
 
 
 def show(record: Mapping[str, Any]) -> None:
@@ -269,7 +273,8 @@ def evaluation(
     """
     without_noise = getattr(system, "evaluation_loss", None)
 
-    @jax.jit
+    # Each process reads all of the metrics, so each has all of them, whatever the layout of what they are made from.
+    @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
     def batch_metrics(params, batch):
         if without_noise is not None:
             return without_noise(params, batch)[1]

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from expertrag_jax.assembly import (
     READER_VOCABULARY,
     RETRIEVER_VOCABULARY,
     AnswerSettings,
     check_answers,
-    load_params,
 )
 from expertrag_jax.errors import UserError
 from expertrag_jax.gate.network import with_calibration
@@ -59,16 +60,7 @@ def open_model(
     model_dir = Path(model_dir).expanduser()
     if not model_dir.is_dir():
         raise UserError(f"MODEL_DIR {model_dir} does not exist: name the directory of a training.")
-    source = pretrained.checkpoint_dir(checkpoint_path or model_dir)
-    facts = pretrained.read_metadata(source)
-    missing = [name for name in ("system", "task_feature_lengths") if not facts.get(name)]
-    if missing:
-        raise UserError(
-            f"checkpoint {source} does not say its {' and '.join(missing)}: name a MODEL_DIR that `expertrag "
-            "train` wrote."
-        )
-    system = rebuild(facts["system"])
-    check_answers(system)
+    source, facts, system, params = pretrained.read_whole(checkpoint_path or model_dir, _read)
     gate = _calibration(model_dir, source) if calibrated else {}
     settings = _trained_settings(system, facts, gate.get("threshold", 0.5))
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -77,10 +69,23 @@ def open_model(
         _vocabulary(model_dir / path, name, facts)
         for path, name in ((READER_VOCABULARY, "reader"), (RETRIEVER_VOCABULARY, "retriever"))
     )
-    params = load_params(system, source)
     if gate:
         params = dict(params) | {"gate": with_calibration(params["gate"], gate["scale"], gate["bias"])}
     return Model(system, params, source, reader, retriever, settings, facts.get("index_dir"))
+
+
+def _read(stored: pretrained.Stored) -> tuple[Path, dict[str, Any], Any, Any]:
+    """(its directory, its metadata, the system, the parameters)."""
+    missing = [name for name in ("system", "task_feature_lengths") if not stored.metadata.get(name)]
+    if missing:
+        raise UserError(
+            f"checkpoint {stored.directory} does not say its {' and '.join(missing)}: name a MODEL_DIR that `expertrag "
+            "train` wrote."
+        )
+    system = rebuild(stored.metadata["system"])
+    check_answers(system)
+    params = stored.restore(jax.eval_shape(system.init, jax.random.PRNGKey(0)))
+    return stored.directory, stored.metadata, system, params
 
 
 def _trained_settings(system: Any, facts: Mapping[str, Any], threshold: float) -> AnswerSettings:

@@ -1,6 +1,9 @@
 """Which processes belong together, by flags and by what launchers leave in the environment."""
 
 import logging
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -82,7 +85,8 @@ def joined(monkeypatch):
         processes.join(address, count, index, 30, detect)
         if not asked:
             return None
-        assert asked[0]["heartbeat_timeout_seconds"] == asked[0]["shutdown_timeout_seconds"] == 30
+        assert asked[0]["heartbeat_timeout_seconds"] == 15  # looked at once in 15 s: a death shows in 30
+        assert asked[0]["shutdown_timeout_seconds"] == 30
         return tuple(asked[0][name] for name in ("coordinator_address", "num_processes", "process_id"))
 
     return run
@@ -127,3 +131,11 @@ def test_a_tpu_without_other_hosts_runs_alone(joined, monkeypatch, caplog):
 def test_only_jobs_for_several_processes_look_for_others():
     assert launch.load("expertrag_jax.train")[0].SEVERAL_PROCESSES
     assert not hasattr(launch.load("expertrag_jax.answer")[0], "SEVERAL_PROCESSES")
+
+
+def test_a_process_knows_when_it_was_started():
+    program = "import time; time.sleep(0.5); from expertrag_jax import processes; "
+    program += "print(time.monotonic() - processes.start_time())"
+    before = time.monotonic()
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert 0.5 <= float(told.stdout) <= time.monotonic() - before + 0.1

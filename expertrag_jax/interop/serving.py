@@ -11,7 +11,7 @@ from expertrag_jax import assembly
 from expertrag_jax.assembly import READER_VOCABULARY, RETRIEVER_VOCABULARY
 from expertrag_jax.errors import UserError
 from expertrag_jax.interop import export_directory, stablehlo
-from expertrag_jax.interop.export_directory import PARAMETERS, PROGRAMS, ExportManifest
+from expertrag_jax.interop.export_directory import MANIFEST_NAME, PARAMETERS, PROGRAMS, ExportManifest
 from expertrag_jax.retrieval.manifest import read_manifest as read_index_manifest
 from expertrag_jax.service import Service, choose_index
 from expertrag_jax.systems.description import describe
@@ -115,7 +115,7 @@ def service_from_export(
         )
     policy = assembly.make_policy(retrieve if reads else "never", settings.threshold)
     answerer = assembly.make_answerer(programs, found, policy, settings)
-    return Service(answerer, settings, reader, retriever)
+    return Service(answerer, settings, reader, retriever, programs.directory / MANIFEST_NAME)
 
 
 def _check_unchanged(index_dir: str, digest: str) -> None:

@@ -9,11 +9,9 @@ that reading a checkpoint needs no optimizer library.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +24,17 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.partitioning import path_name
 from expertrag_jax.training import parameters
 from expertrag_jax.training.agreement import any_problem
-from expertrag_jax.training.fingerprints import fingerprints, first_difference
+from expertrag_jax.training.integrity import (
+    Damaged,
+    check_arrays,
+    check_shapes,
+    describe,
+    load_alone,
+    sealed,
+    shapes,
+    together,
+    unsealed,
+)
 from expertrag_jax.training.retention import Retention
 from expertrag_jax.training.state import TrainState
 
@@ -36,10 +44,6 @@ _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-class Damaged(Exception):
-    """A checkpoint that is not what was written; says what is wrong, in every process."""
-
-
 class Checkpoints:
     """The checkpoints of one model directory; a context manager that waits for the last write at its end.
 
@@ -47,7 +51,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path, keep: int | Retention = 3, asynchronous: bool = True):
-        """Opens ``MODEL_DIR/checkpoints`` and removes what a killed run left half written.
+        """Opens ``MODEL_DIR/checkpoints`` and removes what a killed run left half written, with a warning.
 
         Args:
           directory: is made if it does not exist.
@@ -57,9 +61,14 @@ class Checkpoints:
         """
         self._keep = keep if isinstance(keep, Retention) else Retention(keep)
         self._asynchronous = asynchronous
+        directory = Path(directory).absolute()
+        cut_off = _half_written(directory) if jax.process_index() == 0 else []  # opening removes them
         self._checkpointer = ocp.training.Checkpointer(
-            Path(directory).absolute(), preservation_policy=self._keep.policy(), cleanup_tmp_directories=True
+            directory, preservation_policy=self._keep.policy(), cleanup_tmp_directories=True
         )
+        for step in cut_off:
+            going_on = "starting from the beginning" if self.latest is None else f"going on from step {self.latest}"
+            _LOG.warning("the checkpoint at step %d was cut off while it was written: removed, %s", step, going_on)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -94,12 +103,11 @@ class Checkpoints:
         if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
             return
         tree = _to_tree(state)
-        described = {"format": FORMAT, "step": step, **metadata, "arrays": _describe(tree)}
+        described = {"format": FORMAT, "step": step, **metadata, "arrays": describe(tree)}
         measured = self._keep.measured(step, metadata.get("phase", ""), metrics or {})
         save = self._checkpointer.save_async if self._asynchronous else self._checkpointer.save
-        described["checksum"] = _checksum(described)
         with self._explained():
-            save(step, tree, custom_metadata=described, metrics=measured, force=True)
+            save(step, tree, custom_metadata=sealed(described), metrics=measured, force=True)
 
     def wait(self) -> None:
         """Returns when what was saved is on disk; UserError: see ``save``."""
@@ -133,17 +141,7 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The JSON that ``save`` was given; Damaged where it is not what was written."""
-
-        def read() -> dict[str, Any]:
-            stored = dict(self._checkpointer.metadata(step).custom_metadata or {})
-            if "format" not in stored:
-                raise Damaged("its metadata is missing or cut")
-            checksum = stored.pop("checksum", None)
-            if stored["format"] > 1 and checksum != _checksum(stored):
-                raise Damaged("its metadata was changed")
-            return stored
-
-        return _together(read)
+        return together(lambda: unsealed(self._checkpointer.metadata(step).custom_metadata))
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """The state of a step, on the mesh that ``abstract_state``'s shardings name.
@@ -154,13 +152,11 @@ class Checkpoints:
         """
         wanted = _to_tree(abstract_state)
         arrays, path = self.metadata(step).get("arrays"), f"{self._checkpointer.directory}/{step}"
-        stored = _together(lambda: _shapes(self._checkpointer.metadata(step).metadata)) if arrays is None else None
-        check_shapes(stored or {name: tuple(told["shape"]) for name, told in arrays.items()}, _shapes(wanted), path)
-        tree = _together(lambda: _load_alone(path, wanted))
+        stored = together(lambda: shapes(self._checkpointer.metadata(step).metadata)) if arrays is None else None
+        check_shapes(stored or {name: tuple(told["shape"]) for name, told in arrays.items()}, shapes(wanted), path)
+        tree = together(lambda: load_alone(path, wanted))
         if arrays is not None:
-            name = first_difference({name: told["fingerprint"] for name, told in arrays.items()}, _fingerprints(tree))
-            if name is not None:
-                raise Damaged(f"{name} is not what was saved")
+            check_arrays(arrays, tree)
         return _from_tree(tree, abstract_state)
 
     def _set_aside(self, damaged: Mapping[int, Damaged], whole: int) -> None:
@@ -179,95 +175,20 @@ class Checkpoints:
         any_problem(None)  # nobody looks before all are renamed
         self._checkpointer.reload()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turns the many errors of a full disk into one sentence."""
-        try:
-            yield
-        except Exception as error:
-            if not disk.is_full(error):
-                raise
-            directory = Path(self._checkpointer.directory)
+    def _explained(self) -> AbstractContextManager[None]:
+        directory = Path(self._checkpointer.directory)
+
+        def again() -> str:
             steps = [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]
-            resumed = f"goes on from step {max(steps)}" if steps else "starts from the beginning"
-            raise UserError(
-                f"The disk is full: a checkpoint could not be written to {directory}; earlier ones are whole. Make "
-                f"room and run the same command again, which {resumed}."
-            ) from error
+            return f"goes on from step {max(steps)}" if steps else "starts from the beginning"
+
+        return disk.explained(f"a checkpoint could not be written to {directory}; earlier ones are whole", again)
 
 
-def check_same(stored: Any, wanted: Any, where: str) -> None:
-    """Compares names and shapes of two trees; UserError: see ``check_shapes``."""
-    check_shapes(_shapes(stored), _shapes(wanted), where)
-
-
-def check_shapes(stored: Mapping[str, tuple], wanted: Mapping[str, tuple], where: str) -> None:
-    """Compares ``{name: shape}`` of two trees.
-
-    Raises:
-      UserError: names up to three that differ, with both shapes.
-    """
-    names = [n for n in dict.fromkeys([*wanted, *stored]) if stored.get(n) != wanted.get(n)]
-    names.sort(key=lambda name: name.startswith("optimizer_state/"))  # parameters say more
-    if not names:
-        return
-    told = "; ".join(
-        f"{name} is {stored.get(name, 'absent')} in the checkpoint and {wanted.get(name, 'absent')} in the "
-        "model"
-        for name in names[:3]
-    )
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    raise UserError(
-        f"Checkpoint {where} is of another shape: {told}{more}; use the configuration it was trained with, "
-        "or another MODEL_DIR."
-    )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """{"a/b/c": shape}; parameters go by their own names."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {path_name(path).removeprefix("params/"): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _together(read: Callable[[], _T]) -> _T:
-    """``read()``; Damaged in every process where it failed in one, whatever the error was."""
-    result, problem = None, None
-    try:
-        result = read()
-    except (UserError, PermissionError, MemoryError):
-        raise
-    except Exception as error:
-        problem = " ".join(str(error).partition(" [tensorstore_spec")[0].split())[:300] or type(error).__name__
-    problem = any_problem(problem)
-    if problem is not None:
-        raise Damaged(problem)
-    return result
-
-
-def _load_alone(path: str, wanted: Any) -> Any:
-    """This process's shards. No barrier is inside: a process that fails to read would leave the others at it."""
-    context = ocp.Context()
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
-    with context:
-        return ocp.load(path, wanted)
-
-
-def _describe(tree: Any) -> dict[str, dict[str, Any]]:
-    """``{name: {"shape", "fingerprint"}}``; names as in ``check_shapes``."""
-    shapes = _shapes(tree)
-    return {
-        name: {"shape": list(shapes[name]), "fingerprint": number} for name, number in _fingerprints(tree).items()
-    }
-
-
-def _fingerprints(tree: Any) -> dict[str, int]:
-    return {name.removeprefix("params/"): number for name, number in fingerprints(tree).items()}
-
-
-def _checksum(metadata: Mapping[str, Any]) -> int:
-    """CRC-32 of the JSON, as it comes back from a file."""
-    return zlib.crc32(json.dumps(json.loads(json.dumps(metadata)), sort_keys=True).encode())
+def _half_written(directory: Path) -> list[int]:
+    """Steps whose checkpoint has Orbax's name of one that is being written."""
+    names = [path.name.partition(".orbax-checkpoint-tmp") for path in directory.glob("*.orbax-checkpoint-tmp*")]
+    return sorted(int(step) for step, _, _ in names if step.isdigit())
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:

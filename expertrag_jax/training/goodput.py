@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +15,18 @@ from typing import Any
 
 FILE = "goodput.json"
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
     """Wall time and what was lost of it.
 
     Attributes:
-      wall_seconds: from the start of ``loop.train`` to its end, or to the last log line of a run that was killed.
-      lost_seconds: by cause: ``startup`` (state made or restored), ``compile``, ``checkpoint``, ``evaluation``;
+      wall_seconds: from the start of the command's process (or of ``loop.train``, called from Python) to the end of
+        training, or to the last log line of a run that was killed.
+      lost_seconds: by cause: ``startup`` (packages, configuration and data sets loaded, processes joined, state made or
+        restored), ``compile``, ``checkpoint``, ``evaluation``;
         ``data``: the loop waited for a batch, or prepared one, and the device had nothing left to do when it came (an
         upper bound of the device's idle time); ``repeated``: steps logged by an earlier start, beyond the checkpoint
         that the next one resumed from.
@@ -56,18 +61,27 @@ class Goodput:
       earlier: what earlier starts on the same MODEL_DIR spent.
     """
 
-    def __init__(self, clock: Callable[[], float] | None = None):
+    def __init__(self, clock: Callable[[], float] | None = None, started: float | None = None):
+        """Args: started: by the clock, when the run's process was; all until now is ``startup``. None: now."""
         self.clock = clock or time.monotonic
         self.earlier = Spent()
-        self._start = self.clock()
+        now = self.clock()
+        self._start = now if started is None else started
         self._lost: collections.Counter[str] = collections.Counter()
-        self.doing = ("startup", self._start)
+        if self._start < now:
+            self._lost["startup"] = now - self._start
+        self.doing = ("startup", now)
 
     @contextlib.contextmanager
-    def lost(self, cause: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Counts the seconds inside as lost to a cause, unless ``unless()`` holds at their end."""
+    def lost(
+        self, cause: str, unless: Callable[[], bool] = lambda: False, doing: str | None = None
+    ) -> Iterator[None]:
+        """Counts the seconds inside as lost to a cause, unless ``unless()`` holds at their end.
+
+        ``doing``: what goes on, where the cause alone does not tell it.
+        """
         start = self.clock()
-        self.doing = (cause, start)
+        self.doing = (doing or cause, start)
         try:
             yield
         finally:
@@ -95,11 +109,15 @@ class Goodput:
         return _summary(self.spent, self.earlier + self.spent)
 
     def resume(self, directory: Path, repeated_seconds: float) -> None:
-        """Takes over what earlier starts wrote, ``repeated_seconds`` of it in vain."""
+        """Takes over what earlier starts wrote, ``repeated_seconds`` of it in vain; nothing from a damaged file."""
         path = directory / FILE
-        if path.is_file():
-            lost = {"repeated": repeated_seconds} if repeated_seconds else {}
+        if not path.is_file():
+            return
+        lost = {"repeated": repeated_seconds} if repeated_seconds else {}
+        try:
             self.earlier = Spent(**json.loads(path.read_text())["total"]) + Spent(lost_seconds=lost)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # a log is no reason not to train
+            _LOG.warning("%s is damaged (%s): what earlier starts spent is not counted", path, error)
 
     def save(self, directory: Path) -> None:
         """Writes ``goodput.json`` with this start and all of them; it appears whole."""
@@ -107,6 +125,12 @@ class Goodput:
         text = json.dumps({"this_start": _rounded(this), "total": _rounded(self.earlier + this)}, indent=1)
         (directory / f"{FILE}.new").write_text(text + "\n")
         os.replace(directory / f"{FILE}.new", directory / FILE)
+
+
+def last_saved(directory: Path) -> int | None:
+    """When the file in ``MODEL_DIR/logs`` was written, in nanoseconds; None: never."""
+    path = directory / FILE
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def read_summary(directory: Path) -> str:

@@ -16,7 +16,9 @@ import jax
 from expertrag_jax.training.telemetry import Telemetry
 
 EXIT_CODE = 75  # sysexits.h: a temporary failure, try again
-PATIENCE = {"startup": 4.0, "compile": 4.0, "checkpoint": 4.0, "evaluation": 4.0}  # times hang_seconds
+PATIENCE = {  # times hang_seconds
+    "startup": 4.0, "first batch": 4.0, "compile": 4.0, "checkpoint": 4.0, "evaluation": 4.0,
+}  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
 
@@ -24,10 +26,11 @@ _LOG = logging.getLogger(__name__)
 class Watchdog:
     """A thread that looks at what the run is doing while it is entered.
 
-    The clock starts anew with each step, and when a compilation, a checkpoint or an evaluation begins and ends; these
-    may take ``PATIENCE`` times as long. One hang is told of once: the stacks of all threads go to standard error and
-    ``logs/hang_<step>.txt`` (process i > 0: ``hang_<step>_<i>.txt``), and the run goes on waiting, or ends with exit
-    code 75, so that a scheduler starts it again. The step is the last one that was begun.
+    The clock starts anew with each step, and when a compilation, a checkpoint or an evaluation begins and ends; these,
+    and the first batch of a phase, for which data may have to be made, may take ``PATIENCE`` times as long. One hang is
+    told of once: the stacks of all threads go to standard error and ``logs/hang_<step>.txt`` (process i > 0:
+    ``hang_<step>_<i>.txt``), and the run goes on waiting, or ends with exit code 75, so that a scheduler starts it
+    again. The step is the last one that was begun.
     """
 
     def __init__(self, logs: str | Path, telemetry: Telemetry, seconds: float | None, abort: bool = False):

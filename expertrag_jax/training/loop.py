@@ -72,6 +72,7 @@ def train(
     hang_seconds: float | None = 1800.0,
     hang_abort: bool = False,
     profile_steps: str | None = None,
+    started: float | None = None,
 ) -> TrainState:
     """Trains a system through its phases; a MODEL_DIR with a checkpoint is resumed from the newest one.
 
@@ -97,7 +98,8 @@ def train(
       metadata: JSON for the checkpoint; what stands in ``metadata["digests"]`` (vocabularies) must be the
         same when the run is resumed.
       progress: called with each record that is logged.
-      hang_seconds, hang_abort: see ``hang.Watchdog``. profile_steps: see ``profile.Profile``.
+      hang_seconds, hang_abort: see ``hang.Watchdog``. profile_steps: see ``profile.Profile``. started: see
+        ``goodput.Goodput``.
     Returns:
       The state after the last phase.
     Raises:
@@ -108,7 +110,7 @@ def train(
     phases = tuple(system.phases if phases is None else phases)
     model_dir = open_model_dir(model_dir)
     checkpoints = Checkpoints(model_dir / CHECKPOINTS, keep_checkpoints, asynchronous_checkpoints)
-    telemetry = Telemetry(model_dir / LOGS, progress)
+    telemetry = Telemetry(model_dir / LOGS, progress, started)
     watchdog = Watchdog(model_dir / LOGS, telemetry, hang_seconds, hang_abort)
     profile = Profile(model_dir / LOGS, profile_steps)
     with jax.set_mesh(mesh), Interruption() as interruption, checkpoints, telemetry, watchdog, profile:
@@ -201,10 +203,10 @@ class Run:
         """The remaining steps of a phase; the device is one step ahead of everything that is looked at."""
         phase, step, first = self.phases[index], int(state.step), int(state.phase_step)
         train_step = self.profile.of(self.compiled_step(phase), step)
-        with self.telemetry.lost("data"):
+        with self.telemetry.lost("data", doing="first batch"):
             batches = self.datasets[phase.name](first) if first < phase.steps else iter(())
         for phase_step in range(first + 1, phase.steps + 1):
-            batch = self.next_batch(batches, phase, state.params, phase_step)
+            batch = self.next_batch(batches, phase, state.params, phase_step, phase_step == first + 1)
             state, metrics = train_step(state, batch)
             step += 1
             self.telemetry.count(batch)
@@ -255,9 +257,9 @@ class Run:
         self.steps.append((made_of, step))
         return step
 
-    def next_batch(self, batches: Iterator[Any], phase: Phase, params: Any, phase_step: int) -> Any:
+    def next_batch(self, batches: Iterator[Any], phase: Phase, params: Any, phase_step: int, first: bool) -> Any:
         """The next batch, prepared on the host; UserError where the data ends before the phase does."""
-        with self.telemetry.lost("data", unless=self.watch.busy):
+        with self.telemetry.lost("data", unless=self.watch.busy, doing="first batch" if first else None):
             batch = next(batches, None)
             if batch is None:
                 raise UserError(

@@ -3,18 +3,22 @@ point."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.training import parameters
-from expertrag_jax.training.checkpoint import check_same
+from expertrag_jax.training.integrity import Damaged, check_arrays, check_same, load_alone, shapes, together, unsealed
 from expertrag_jax.training.model_dir import CHECKPOINTS
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def save_parameters(path: str | Path, params: Any, metadata: Mapping[str, Any] | None = None) -> None:
@@ -30,44 +34,83 @@ def save_parameters(path: str | Path, params: Any, metadata: Mapping[str, Any] |
     ocp.save(path, params, custom_metadata=dict(metadata or {}))
 
 
-def checkpoint_dir(path: str | Path) -> Path:
-    """The Orbax directory that ``path`` means: itself, or the newest step of a model or checkpoints
-    directory.
+class Stored:
+    """Parameters in one Orbax directory; whatever reads them raises ``Damaged`` where they are not what was saved.
+
+    Exported parameters, and checkpoints written before there were fingerprints, are taken as they are.
+
+    Attributes:
+      directory: ``checkpoints/<step>``, or what ``save_parameters`` wrote.
+      metadata: its JSON: phase, seeds, vocabulary digests, configuration.
+      shapes: tree of the parameters' shapes.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.shapes, self.metadata, self._whole_state = together(lambda: _described(directory))
+
+    def restore(self, abstract_params: Any) -> Any:
+        """All of it; UserError: it has other names or shapes."""
+        check_same(self.shapes, abstract_params, str(self.directory))
+        return self.load(abstract_params)
+
+    def load(self, wanted: Any) -> Any:
+        """A part of it, placed by its shardings; what has none goes to the first device."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        stored = parameters.flatten(self.shapes)
+        as_stored = {  # fingerprints are of the bits, so another dtype comes afterwards
+            name: jax.ShapeDtypeStruct(x.shape, stored[name].dtype, sharding=getattr(x, "sharding", None) or here)
+            for name, x in parameters.flatten(wanted).items()
+        }
+        tree = parameters.unflatten(as_stored)
+        tree = {"params": tree} if self._whole_state else tree
+        tree = together(lambda: load_alone(self.directory, tree, partial=True))
+        if "arrays" in self.metadata:
+            check_arrays(self.metadata["arrays"], tree)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), tree["params"] if self._whole_state else tree, wanted)
+
+
+def read_whole(path: str | Path, read: Callable[[Stored], _T]) -> _T:
+    """``read(stored)`` of the checkpoint that ``path`` means.
+
+    Of a MODEL_DIR or its ``checkpoints`` that is the newest one for which nothing ``Damaged`` is met; a warning tells
+    which ones were passed over, and nothing is changed. Any other path means itself.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: there is no checkpoint, the one that is named is damaged, or all are.
     """
-    path = Path(path).expanduser().absolute()
-    for folder in (path / CHECKPOINTS, path):
-        if folder.is_dir():
-            steps = [entry for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir()]
-            if steps:
-                return max(steps, key=lambda entry: int(entry.name))
-    if (path / "_CHECKPOINT_METADATA").exists():
-        return path
-    raise UserError(
-        f"{path} holds no checkpoint: name a MODEL_DIR, a checkpoints/<step> or exported parameters."
-    )
+    path, damaged = Path(path).expanduser().absolute(), {}
+    directories = _steps(path)
+    for directory in directories or [path]:
+        try:
+            found = read(Stored(directory))
+        except Damaged as error:
+            damaged[directory] = error
+            continue
+        for other, error in damaged.items() if jax.process_index() == 0 else ():
+            _LOG.warning("the checkpoint %s is damaged (%s): taking step %s", other, error, directory.name)
+        return found
+    told = "; ".join(f"{directory.name}: {error}" for directory, error in damaged.items())
+    if directories:
+        raise UserError(f"No checkpoint in {directories[0].parent} can be read ({told}): name another MODEL_DIR.")
+    raise UserError(f"Checkpoint {path} is damaged ({damaged[path]}): name another one, or its MODEL_DIR.")
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The JSON in the checkpoint that ``path`` means: phase, seeds, vocabulary digests, configuration."""
-    return dict(ocp.metadata(checkpoint_dir(path)).custom_metadata or {})
+    return read_whole(path, lambda stored: stored.metadata)
 
 
 def restore_parameters(path: str | Path, abstract_params: Any) -> Any:
-    """Parameters from a MODEL_DIR (newest step), a ``checkpoints/<step>`` or an exported parameter directory.
+    """Parameters from a MODEL_DIR, a ``checkpoints/<step>`` or an exported parameter directory: see ``read_whole``.
 
     Args:
       abstract_params: tree of ShapeDtypeStructs (``Layout.abstract_params``); their shardings place the
         arrays, on the first device where there is none.
     Raises:
-      UserError: no checkpoint there, or parameters of other names or shapes.
+      UserError: no checkpoint there, a damaged one, or parameters of other names or shapes.
     """
-    directory = checkpoint_dir(path)
-    stored, inside = _stored(directory)
-    check_same(stored, abstract_params, str(directory))
-    return _load(directory, abstract_params, inside)
+    return read_whole(path, lambda stored: stored.restore(abstract_params))
 
 
 def start_from(initial: str | Path | Mapping[str, str], params: Any) -> Any:
@@ -86,59 +129,65 @@ def start_from(initial: str | Path | Mapping[str, str], params: Any) -> Any:
     """
     sources = initial if isinstance(initial, Mapping) else {"": initial}
     for subtree, path in sources.items():
-        params = _fill_subtree(params, subtree, path) if subtree else _fill_root(params, path)
+        fill = functools.partial(_fill_subtree, params, subtree) if subtree else functools.partial(_fill_root, params)
+        params = read_whole(path, fill)
     return params
 
 
-def _fill_root(params: Any, path: str | Path) -> Any:
-    directory = checkpoint_dir(path)
-    stored, inside = _stored(directory)
-    shared = [name for name in params if name in stored]
+def _fill_root(params: Any, stored: Stored) -> Any:
+    shared = [name for name in params if name in stored.shapes]
     if not shared:
         raise UserError(
-            f"Checkpoint {directory} has {', '.join(stored)}: nothing of the model's {', '.join(params)}."
+            f"Checkpoint {stored.directory} has {', '.join(stored.shapes)}: nothing of the model's {', '.join(params)}."
         )
     wanted = {name: params[name] for name in shared}
-    check_same({name: stored[name] for name in shared}, wanted, str(directory))
-    fresh = [name for name in params if name not in stored]
-    logging.info("%s: took %s; fresh: %s", directory, ", ".join(shared), ", ".join(fresh) or "none")
-    return dict(params) | _load(directory, wanted, inside)
+    check_same({name: stored.shapes[name] for name in shared}, wanted, str(stored.directory))
+    fresh = [name for name in params if name not in stored.shapes]
+    _LOG.info("%s: took %s; fresh: %s", stored.directory, ", ".join(shared), ", ".join(fresh) or "none")
+    return dict(params) | stored.load(wanted)
 
 
-def _fill_subtree(params: Any, subtree: str, path: str | Path) -> Any:
+def _fill_subtree(params: Any, subtree: str, stored: Stored) -> Any:
     flat = parameters.flatten(params)
     wanted = {name: value for name, value in flat.items() if name.startswith(f"{subtree}/")}
     if not wanted:
-        raise UserError(
-            f"INITIAL_CHECKPOINT_PATH names the subtree '{subtree}'; the model has {', '.join(params)}."
-        )
-    directory = checkpoint_dir(path)
-    stored, inside = _stored(directory)
-    whole = not any(name.startswith(f"{subtree}/") for name in parameters.flatten(stored))
+        raise UserError(f"INITIAL_CHECKPOINT_PATH names the subtree '{subtree}'; the model has {', '.join(params)}.")
+    there = parameters.flatten(stored.shapes)
+    whole = not any(name.startswith(f"{subtree}/") for name in there)
     names = {name: name.removeprefix(f"{subtree}/") if whole else name for name in wanted}
     tree = parameters.unflatten({names[name]: value for name, value in wanted.items()})
-    have = {n: v for n, v in parameters.flatten(stored).items() if whole or n.startswith(f"{subtree}/")}
-    check_same(parameters.unflatten(have), tree, str(directory))
-    loaded = parameters.flatten(_load(directory, tree, inside))
+    have = {name: value for name, value in there.items() if whole or name.startswith(f"{subtree}/")}
+    check_same(parameters.unflatten(have), tree, str(stored.directory))
+    loaded = parameters.flatten(stored.load(tree))
     return parameters.unflatten(flat | {name: loaded[names[name]] for name in wanted})
 
 
-def _stored(directory: Path) -> tuple[Any, bool]:
-    """(parameter tree of shapes, whether it stands under ``params`` in a training checkpoint)."""
-    tree = ocp.metadata(directory).metadata
-    inside = "params" in tree and "phase_step" in tree
-    return (tree["params"] if inside else tree), inside
+def _described(directory: Path) -> tuple[Any, dict[str, Any], bool]:
+    """(tree of parameters' shapes, metadata, whether they stand under ``params`` in a training checkpoint)."""
+    found = ocp.metadata(directory)
+    tree, metadata = found.metadata, dict(found.custom_metadata or {})
+    if tree is None:  # Orbax has logged why
+        raise Damaged("its arrays cannot be read")
+    whole_state = "params" in tree and "phase_step" in tree
+    if whole_state:
+        tree, metadata = tree["params"], unsealed(metadata)
+    described = metadata.get("arrays")
+    if described and any(list(shape) != described[name]["shape"] for name, shape in shapes(tree).items()):
+        raise Damaged("its shapes are not what was saved")
+    return tree, metadata, whole_state
 
 
-def _load(directory: Path, wanted: Any, inside: bool) -> Any:
-    """Reads ``wanted`` (a part of what is stored), placed by its shardings."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # for shapes that name no place
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here),
-        wanted,
-    )
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-        loaded = ocp.load(directory, {"params": wanted} if inside else wanted)
-    return loaded["params"] if inside else loaded
+def _steps(path: Path) -> list[Path]:
+    """The steps of a model or checkpoints directory, the newest first; none where ``path`` is itself one.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    for folder in (path / CHECKPOINTS, path):
+        if folder.is_dir():
+            steps = [entry for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir()]
+            if steps:
+                return sorted(steps, key=lambda entry: int(entry.name), reverse=True)
+    if path.is_dir() and (path.name.isdigit() or (path / "_CHECKPOINT_METADATA").exists()):
+        return []
+    raise UserError(f"{path} holds no checkpoint: name a MODEL_DIR, a checkpoints/<step> or exported parameters.")

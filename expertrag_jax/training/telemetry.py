@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from absl import logging
 
+from expertrag_jax import disk
 from expertrag_jax.partitioning import path_name
+from expertrag_jax.training.events import Events
 from expertrag_jax.training.goodput import Goodput, repeated_seconds
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -36,18 +38,19 @@ class Telemetry:
       step: of the run, begun last.
     """
 
-    def __init__(self, directory: str | Path, progress: Progress | None = None):
+    def __init__(self, directory: str | Path, progress: Progress | None = None, started: float | None = None):
         """Opens nothing yet: ``resume`` does, when the first step is known.
 
         Args:
           directory: ``MODEL_DIR/logs``.
           progress: called with each record, for a progress bar.
+          started: see ``goodput.Goodput``.
         """
         self._directory = Path(directory)
         self._progress = progress
-        self._file = self._board = None
+        self._file = self._events = None
         self._latest: dict[str, Any] = {}
-        self.goodput = Goodput()
+        self.goodput = Goodput(started=started)
         self.step = 0
         self._window, self._window_stopped = self.goodput.clock(), 0.0
         self._steps = self._examples = self._tokens = 0
@@ -55,31 +58,47 @@ class Telemetry:
     def resume(self, step: int) -> None:
         """Opens the files; what an earlier run recorded beyond ``step`` is dropped: it will come again."""
         if jax.process_index() == 0:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            path = self._directory / "metrics.jsonl"
-            found = [json.loads(line) for line in _complete_lines(path)]
-            self.goodput.resume(self._directory, repeated_seconds(found, step))
-            path.write_text("".join(json.dumps(record) + "\n" for record in found if record["step"] <= step))
-            self._file = path.open("a")
-            self._board = tensorboardX.SummaryWriter(
-                str(self._directory), purge_step=step + 1 if step else None
-            )
+            with self._explained():
+                self._open(step)
         self._window, self._window_stopped = self.goodput.clock(), self.goodput.stopped_seconds
         self.step = step
+
+    def _open(self, step: int) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / "metrics.jsonl"
+        found = [json.loads(line) for line in _complete_lines(path)]
+        self.goodput.resume(self._directory, repeated_seconds(found, step))
+        kept = path.with_name(f"{path.name}.new")  # renamed, so that a kill or a full disk loses nothing
+        kept.write_text("".join(json.dumps(record) + "\n" for record in found if record["step"] <= step))
+        os.replace(kept, path)
+        self._events = Events(self._directory, step)
+        self._file = path.open("a")
 
     def __enter__(self) -> Telemetry:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self._file is not None:
-            self.goodput.save(self._directory)
-            logging.info("%s", self.goodput.summary())
-            self._file.close()
-            self._board.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._file is None:
+            return
+        logging.info("%s", self.goodput.summary())
+        for write in (lambda: self.goodput.save(self._directory), self._events.close, self._file.close):
+            try:
+                with self._explained():
+                    write()
+            except Exception as error:
+                if kind is None:
+                    raise
+                logging.error("%s", error)  # beside the error that ended the run, which is the one to be seen
 
-    def lost(self, cause: str, unless: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
+    def _explained(self) -> AbstractContextManager[None]:
+        what = f"the log could not be written to {self._directory}; checkpoints are whole"
+        return disk.explained(what, lambda: "goes on from the newest of them")
+
+    def lost(
+        self, cause: str, unless: Callable[[], bool] = lambda: False, doing: str | None = None
+    ) -> AbstractContextManager[None]:
         """See ``goodput.Goodput.lost``; the causes are ``goodput.Spent``'s."""
-        return self.goodput.lost(cause, unless)
+        return self.goodput.lost(cause, unless, doing)
 
     def count(self, batch: Any) -> None:
         """Counts one step on this process's rows."""
@@ -112,7 +131,8 @@ class Telemetry:
         self._steps = self._examples = self._tokens = 0
         self.write(record)
         if self._file is not None:
-            self.goodput.save(self._directory)
+            with self._explained():
+                self.goodput.save(self._directory)
         return record
 
     def logged(self, step: int) -> Mapping[str, Any]:
@@ -120,21 +140,22 @@ class Telemetry:
         return self._latest if self._latest.get("step") == step else {}
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes a record that has ``step`` and any numbers, lists of numbers and strings."""
+        """Writes a record that has ``step`` and any numbers, lists of numbers and strings.
+
+        Raises:
+          UserError: the disk is full.
+        """
         if record["step"] != self._latest.get("step"):
             self._latest = {}
         self._latest |= record
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if isinstance(value, list):
-                self._board.add_histogram(name, np.ravel(value), record["step"])
-                self._board.add_scalar(f"{name}/max", float(np.max(value)), record["step"])
-                self._board.add_scalar(f"{name}/mean", float(np.mean(value)), record["step"])
-            elif isinstance(value, (int, float)) and name != "step":
-                self._board.add_scalar(name, value, record["step"])
+        with self._explained():
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            for name, value in record.items():
+                if isinstance(value, (list, int, float)) and name != "step":
+                    self._events.write(name, value, record["step"])
         numbers = [f"{k} {v:.5g}" for k, v in record.items() if isinstance(v, float)]
         logging.info("step %d: %s", record["step"], ", ".join(numbers))
         if self._progress is not None:

@@ -29,18 +29,23 @@ def arguments(tiny_model, tmp_path_factory):
     return ["train", *files, *SMALL, *named]
 
 
-def losses(model_dir):
+def losses(model_dir, name):
     lines = (model_dir / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for record in map(json.loads, lines)]
+    return [record[name] for record in map(json.loads, lines) if name in record]
 
 
 def test_two_processes_train_as_one(arguments, run_together, tmp_path, fast_compile):
-    command = [*arguments, f"--model_dir={tmp_path / 'two'}", "--heartbeat_seconds=60"]
+    measured = ["--gin.EVAL_DATASETS=%DATASETS", "--gin.EVAL_PERIOD=2", "--gin.EVAL_STEPS=2"]
+    command = [*arguments, *measured, f"--model_dir={tmp_path / 'two'}", "--heartbeat_seconds=60"]
     ended = run_together([sys.executable, "-m", "expertrag_jax.main", *command], 2, devices=2)
     assert [process.returncode for process in ended] == [0, 0], ended
     first, second = ([line for line in each.stdout.splitlines() if "[Gloo]" not in line] for each in ended)
     assert f"trained 4 steps: {tmp_path / 'two' / 'checkpoints' / '4'}" in first[-1] and not second
     assert "data=4" in first[0]
     assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["4"]
-    assert main([*arguments, f"--model_dir={tmp_path / 'one'}"]) == 0
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert main([*arguments, *measured, f"--model_dir={tmp_path / 'one'}"]) == 0
+    for name, count in (("loss", 4), ("eval/loss", 2)):
+        found, expected = (losses(tmp_path / folder, name) for folder in ("two", "one"))
+        assert len(found) == count and found == pytest.approx(expected, rel=1e-5)
+    spent = json.loads((tmp_path / "two" / "logs" / "goodput.json").read_text())["this_start"]
+    assert spent["wall_seconds"] > 0.8 * ended[0].seconds  # loading packages and joining are counted

@@ -57,13 +57,22 @@ def test_the_newest_stay(toy, mesh, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["2", "3"]
 
 
-def test_what_a_killed_run_left_half_written_is_no_checkpoint(toy, mesh, tmp_path):
+def test_what_a_killed_run_left_half_written_is_removed_with_a_warning(toy, mesh, tmp_path, caplog):
     _, _, state = entered(toy, mesh)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, state, {})
-    (tmp_path / "9.orbax-checkpoint-tmp-123").mkdir()
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest == 5
+    cut_off = "the checkpoint at step {} was cut off while it was written: removed, {}"
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    with caplog.at_level(logging.WARNING, "expertrag_jax"):
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(5, state, {})
+        (tmp_path / "9.orbax-checkpoint-tmp-123").mkdir()
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.latest == 5
+            checkpoints.save(9, state, {})
+        with Checkpoints(tmp_path):
+            pass  # nothing is left to tell of
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("expertrag_jax")]
+    assert told == [cut_off.format(5, "starting from the beginning"), cut_off.format(9, "going on from step 5")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "9"]
 
 
 def test_another_shape_is_refused_with_names_and_both_shapes(toy, mesh, tmp_path):
@@ -169,8 +178,8 @@ def test_values_that_are_not_what_was_saved_are_noticed(two, tmp_path, toy, mesh
     other.params["body"]["bias"] = other.params["body"]["bias"].at[3].set(2.0**-40)
     with Checkpoints(tmp_path) as checkpoints:
         with monkeypatch.context() as patched:
-            described = checkpoint._describe(checkpoint._to_tree(state))
-            patched.setattr(checkpoint, "_describe", lambda tree: described)
+            described = checkpoint.describe(checkpoint._to_tree(state))
+            patched.setattr(checkpoint, "describe", lambda tree: described)
             checkpoints.save(5, other, {"seed": 3})
         checkpoints.wait()
         with pytest.raises(Damaged, match="^body/bias is not what was saved$"):

@@ -60,6 +60,15 @@ def test_what_is_known_to_be_slow_has_more_time(tmp_path, cause, hangs, capfd):
     assert bool(list(tmp_path.glob("hang*"))) == hangs
 
 
+def test_the_first_batch_of_a_phase_has_more_time(toy, tmp_path):
+    def made_slowly(start):
+        time.sleep(1.2)
+        return toy.data(start, start, lambda: time.sleep(1.2))
+
+    state = train(toy, tmp_path / "m", made_slowly, hang_seconds=1.0)
+    assert int(state.step) == 4 and not list((tmp_path / "m" / "logs").glob("hang*"))
+
+
 def test_a_steady_run_is_left_in_peace(tmp_path):
     told = telemetry.Telemetry(tmp_path)
     with hang.Watchdog(tmp_path, told, 1.0):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from expertrag_jax import partitioning
+from expertrag_jax import partitioning, train
 from expertrag_jax.errors import UserError
 from expertrag_jax.training import loop, optimizer, pretrained
 from expertrag_jax.training.nonfinite import NonFiniteLoss
@@ -64,6 +64,26 @@ def test_phases_that_do_the_same_are_traced_once(run, toy, tmp_path):
     state = run(phases=tuple(again), datasets=dict.fromkeys(("first", "second", "third"), toy.data))
     assert first and len(traced) == 2 * first
     assert (int(state.step), int(state.phase), int(state.phase_step)) == (6, 2, 2)
+
+
+def test_what_an_evaluation_measures_is_whole_in_every_process(toy, monkeypatch):
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(data=4, tensor=2))
+    read = []
+    monkeypatch.setattr(train.jax, "device_get", lambda found: read.append(found) or jax.tree.map(np.asarray, found))
+
+    def loss(params, batch, rng):
+        scalar, metrics = toy.loss(params, batch, None)
+        load = jax.lax.with_sharding_constraint(metrics["load"][0], jax.sharding.PartitionSpec("tensor"))
+        return scalar, metrics | {"load": (load, metrics["load"][1])}
+
+    system = toy.Toy()
+    phase = loop.Phase("body", 2, loss, system.phases[0].optimizer)
+    with jax.set_mesh(mesh):
+        params = system.init(jax.random.key(0))
+        figures = train.evaluation(system, phase, toy.data, 1, mesh)(params, 0)
+    expected = float(toy.loss(params, toy.rows(0, 16), None)[0])
+    assert figures == {"loss": pytest.approx(expected, rel=1e-5)}
+    assert len(read) == 1 and all(leaf.is_fully_replicated for leaf in jax.tree.leaves(read[0]))
 
 
 def test_the_logged_loss_is_the_mean_over_units_of_its_steps(run, toy, tmp_path):

@@ -1,12 +1,16 @@
 """Starting from trained parameters, and parameters alone."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from expertrag_jax.errors import UserError
-from expertrag_jax.training import pretrained
+from expertrag_jax.training import checkpoint, integrity, pretrained
+from expertrag_jax.training.checkpoint import Checkpoints
+from expertrag_jax.training.state import TrainState
 
 SHAPES = {"encoder": {"w": (2, 3)}, "decoder": {"w": (3,)}}
 
@@ -78,4 +82,66 @@ def test_what_does_not_fit_is_an_error(exported, sources, shapes, message):
 
 def test_a_folder_without_checkpoint_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
-        pretrained.checkpoint_dir(tmp_path)
+        pretrained.read_metadata(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """MODEL_DIR with the checkpoints 5 and 9, which hold fives and nines."""
+    folder = tmp_path_factory.mktemp("run")
+    with Checkpoints(folder / "checkpoints", asynchronous=False) as checkpoints:
+        for step in (5, 9):
+            place = (jnp.int32(step),) * 3
+            checkpoints.save(step, TrainState(*place, tree(SHAPES, step), {}), {"phase": f"at {step}"})
+    return folder
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "metadata missing": lambda checkpoint: (checkpoint / "_CHECKPOINT_METADATA").unlink(),
+    "metadata flipped": lambda checkpoint: flip(checkpoint / "_CHECKPOINT_METADATA"),
+    "tree missing": lambda checkpoint: (checkpoint / "state" / "_METADATA").unlink(),
+    "data flipped": lambda checkpoint: [flip(path) for path in (checkpoint / "state").rglob("d/*")],
+    "empty directory": lambda checkpoint: (shutil.rmtree(checkpoint), checkpoint.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_refused_where_it_is_named(run, damage, tmp_path, caplog):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    shapes = jax.eval_shape(lambda: tree(SHAPES, 0.0))
+    fresh = tree({"encoder": SHAPES["encoder"], "selector": SHAPES}, 0.0)
+    assert pretrained.restore_parameters(tmp_path, shapes)["decoder"]["w"][0] == 9
+    DAMAGES[damage](tmp_path / "checkpoints" / "9")
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        caplog.clear()
+        found = pretrained.restore_parameters(path, shapes)
+        jax.tree.map(np.testing.assert_array_equal, found, tree(SHAPES, 5.0))
+        (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("expertrag_jax")]
+        assert f"{tmp_path}/checkpoints/9 is damaged (" in warning and "taking step 5" in warning
+    started = pretrained.start_from({"": str(tmp_path), "selector": str(tmp_path)}, fresh)
+    jax.tree.map(np.testing.assert_array_equal, started, jax.tree.map(lambda x: x + 5, fresh))
+    with pytest.raises(UserError, match="checkpoints/9 is damaged .*: name another one, or its MODEL_DIR"):
+        pretrained.restore_parameters(tmp_path / "checkpoints" / "9", shapes)
+    DAMAGES[damage](tmp_path / "checkpoints" / "5")
+    with pytest.raises(UserError, match=r"No checkpoint in .* can be read \(9: .*; 5: "):
+        pretrained.start_from(str(tmp_path), fresh)
+
+
+def test_values_that_are_not_what_was_saved_are_noticed_in_each_dtype(tmp_path, monkeypatch):
+    """What no file format notices: whole files with other values."""
+    state = TrainState(*(jnp.int32(5),) * 3, tree(SHAPES, 5.0), {})
+    half = jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree(SHAPES, 0.0)))
+    for folder, value in (("good", 5.0), ("bad", 5.0 + 2.0**-20)):
+        described = integrity.describe(checkpoint._to_tree(state))
+        monkeypatch.setattr(checkpoint, "describe", lambda tree, described=described: described)
+        with Checkpoints(tmp_path / folder, asynchronous=False) as checkpoints:
+            checkpoints.save(5, state.replace(params=tree(SHAPES, value)), {})
+    assert pretrained.restore_parameters(tmp_path / "good", half)["decoder"]["w"].dtype == jnp.bfloat16
+    with pytest.raises(UserError, match="w is not what was saved"):
+        pretrained.restore_parameters(tmp_path / "bad", half)
