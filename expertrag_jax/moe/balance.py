@@ -1,15 +1,14 @@
 """Loss-free balancing (DeepSeek-V3; arXiv 2408.15664, algorithm 1): a bias per expert that only the choice sees.
 
-The algorithm lowers the bias of an expert with more than the mean load by a fixed step, and raises it of one with less.
-Here the bias is a parameter of the layer, and this file gives it the gradient RATE * sign(load - mean), whatever the
-loss is. So the state lies where all parameters lie, is sharded, saved and restored with them, and any optimizer moves
-it. The parameter starts at 1: a constant on all experts changes no choice, and Adafactor, whose step is relative to
-the parameter's root mean square, then has one to scale with. Under Adam and Adafactor, which divide by the gradient's
-size, a step is about the learning rate; under SGD it is the learning rate times RATE. RATE is small so that the
-gradient's global norm is still that of the loss.
+The algorithm lowers the bias of an expert with more than the mean load by a fixed step u, and raises it of one with
+less. Here the bias is a parameter of the layer, and its gradient is u * sign(load - mean), whatever the loss is; so the
+state lies where all parameters lie, is sharded, saved and restored with them. The training step goes exactly so far
+against the sign (``with_bias_steps``): no optimizer's learning rate, moments or weight decay touch it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,16 @@ def load_error(figures: RouterStatistics) -> jax.Array:
     """[E]: the load of each expert over all groups, minus the mean load."""
     load = (figures.load * figures.tokens[:, None]).sum(0) / jnp.maximum(figures.tokens.sum(), 1.0)
     return load - load.mean()
+
+
+def with_bias_steps(updates: Mapping[str, jax.Array], gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """An optimizer's updates by path, those of every ``selection_bias`` replaced by -u * sign(gradient)."""
+
+    def step(name, update):
+        ours = name.rpartition("/")[2] == "selection_bias"
+        return -RATE * jnp.sign(gradients[name]).astype(update.dtype) if ours else update
+
+    return {name: step(name, update) for name, update in updates.items()}
 
 
 @jax.custom_vjp

@@ -66,8 +66,8 @@ class MixtureOfExperts(nn.Module):
         wanted = expert_kernels(self.num_experts, width, self.hidden, self.activations)
         kernels = Kernels(wanted, name="expert")()
         if self.loss_free_balancing and self.routing == "token_choice":
-            ones = nn.with_logical_partitioning(nn.initializers.ones, ("unmodeled",))
-            bias = self.param("selection_bias", ones, (self.num_experts,), jnp.float32)
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("unmodeled",))
+            bias = self.param("selection_bias", zeros, (self.num_experts,), jnp.float32)
         sizes = partitioning.mesh_axis_sizes()
         size, sharded = self._grouping(x.shape, sizes, deterministic)
         run = self._mixture(size, deterministic)

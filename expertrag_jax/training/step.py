@@ -12,6 +12,7 @@ import optax
 
 from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
+from expertrag_jax.moe import balance
 from expertrag_jax.systems.system import Loss, Metrics
 from expertrag_jax.training import parameters
 from expertrag_jax.training.optimizer import Scheduled
@@ -64,6 +65,7 @@ def make_train_step(
         gradient_norm = optax.global_norm(gradients)
         finite = jnp.isfinite(scalar) & jnp.isfinite(gradient_norm)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, variables)
+        updates = balance.with_bias_steps(updates, gradients)
         updated = optax.apply_updates(variables, updates)
         new_state = TrainState(
             step=state.step + 1,

@@ -12,7 +12,10 @@ from flax import linen as nn
 from expertrag_jax import partitioning
 from expertrag_jax.moe import balance
 from expertrag_jax.moe.layer import MixtureOfExperts
-from expertrag_jax.training.optimizer import adafactor
+from expertrag_jax.training import parameters
+from expertrag_jax.training.optimizer import adafactor, adamw
+from expertrag_jax.training.state import TrainState
+from expertrag_jax.training.step import make_train_step
 
 WIDTH, EXPERTS = 6, 4
 LAYER = MixtureOfExperts(EXPERTS, hidden=4, group_size=16, loss_free_balancing=True)
@@ -56,28 +59,43 @@ def test_a_mesh_gives_the_same_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), sharded, expected)
 
 
-OPTIMIZERS = {
-    "adafactor": adafactor(0.02),
-    "adam": optax.adam(0.02),
-    "sgd": optax.sgd(20.0),
-}
+OPTIMIZERS = {"adafactor": adafactor(0.02), "adamw": adamw(0.02, weight_decay=0.1), "sgd": optax.sgd(20.0)}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_even_out_the_load(name):
+def test_a_training_step_moves_the_bias_by_u_whatever_the_optimizer(name):
     params, x, valid = example()
-    optimizer = OPTIMIZERS[name]
+
+    def loss(params, batch, rng):
+        y, state = LAYER.apply({"params": params}, batch["x"], batch["valid"], False, mutable=["router"])
+        scalar = (y**2).mean()
+        return scalar, {"loss": (scalar, jnp.ones(()))}
+
+    optimizer, zero = OPTIMIZERS[name], jnp.zeros((), jnp.int32)
+    state = TrainState(zero, zero, zero, params, optimizer.init(parameters.flatten(params)))
+    gradient, _ = gradients(params, x, valid)
+    step = make_train_step(loss, optimizer, donate=False)
+    after, _ = step(state, {"x": x, "valid": valid})
+    moved = after.params["selection_bias"] - params["selection_bias"]
+    np.testing.assert_array_equal(moved, -balance.RATE * np.sign(gradient["selection_bias"]))
+    assert np.abs(moved).max() == np.float32(balance.RATE)
+
+
+def test_the_load_of_64_experts_evens_out():
+    """Tokens that prefer few experts: the bias spreads them, in steps of u."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4096, 64)) + np.linspace(1.5, 0, 64)
+    scores = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
 
     @jax.jit
-    def run(params):
-        def step(carry, _):
-            bias, state = carry
-            gradient, figures = gradients(params | {"selection_bias": bias}, x, valid)
-            updates, state = optimizer.update({"b": gradient["selection_bias"]}, state, {"b": bias})
-            return (optax.apply_updates({"b": bias}, updates)["b"], state), jnp.abs(balance.load_error(figures)).max()
+    def after(bias):
+        load = jnp.bincount((scores + bias).argmax(-1), length=64) / len(scores)
+        error = load - load.mean()
+        gradient = {"mlp/selection_bias": balance.RATE * jnp.sign(error)}
+        return bias + balance.with_bias_steps(gradient, gradient)["mlp/selection_bias"], jnp.abs(error).max() * 64
 
-        bias = params["selection_bias"]
-        return jax.lax.scan(step, (bias, optimizer.init({"b": bias})), length=40)[1]
-
-    errors = np.asarray(run(params))
-    assert errors[0] > 0.3 and errors[-10:].mean() < 0.1, errors
+    bias, errors = jnp.zeros(64), []
+    for _ in range(60):
+        bias, error = after(bias)
+        errors.append(float(error))
+    assert errors[0] > 1.5 and np.mean(errors[-10:]) < 0.4, errors

@@ -89,6 +89,9 @@ def test_adamw_clips_by_global_norm_and_spares_vectors_from_decay():
     updates, _ = rule.update(zero, rule.init(p), p)
     np.testing.assert_allclose(updates["w"], -0.05 * np.ones((2, 2)), rtol=1e-6)
     np.testing.assert_array_equal(updates["b"], np.zeros(2))
+    scanned = {"encoder/layers/norm/scale": jnp.ones((2, 3)), "encoder/layers/mlp/wi/kernel": jnp.ones((2, 3, 4))}
+    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, scanned), rule.init(scanned), scanned)
+    assert not updates["encoder/layers/norm/scale"].any() and updates["encoder/layers/mlp/wi/kernel"].all()
     clipped, plain = optimizer.adamw(0.1, eps=1.0, clip_norm=1.0), optimizer.adamw(0.1, eps=1.0)
     g = {"b": jnp.array([3.0, 0.0]), "w": jnp.array([[0.0, 4.0], [0.0, 0.0]])}  # norm 5
     found, _ = clipped.update(g, clipped.init(p), p)
