@@ -9,6 +9,9 @@ import pytest
 
 TENTH = (
     "AlmanacConfig.num_entities = 100",
+    "TransformerConfig.num_encoder_layers = 1",
+    "TransformerConfig.num_decoder_layers = 1",
+    "TransformerConfig.expert_layer_period = 1",
     "AlmanacConfig.num_asked_facts = 600",
     "AlmanacConfig.tail_ranks = 150",
     "AlmanacConfig.num_training_questions = 6000",
