@@ -20,6 +20,7 @@ from typing import Any
 from expertrag_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 100
+NOTICE_SECONDS = 2  # JAX's service looks once a second for who was silent too long; the others then have to end
 AUTO = "auto"
 
 _LOG = logging.getLogger(__name__)
@@ -154,8 +155,7 @@ def _initialize(arguments: Mapping[str, Any], heartbeat_seconds: int, launcher: 
     try:
         jax.distributed.initialize(
             **arguments,
-            # The service looks once per timeout for who was silent so long: a death shows within twice the timeout.
-            heartbeat_timeout_seconds=heartbeat_seconds // 2,
+            heartbeat_timeout_seconds=max(1, heartbeat_seconds - NOTICE_SECONDS),
             shutdown_timeout_seconds=heartbeat_seconds,  # at the end the others are waited for as long
         )
     except (ValueError, OSError, ImportError) as error:

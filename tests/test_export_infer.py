@@ -182,15 +182,19 @@ def test_export_refuses(tiny, export_dir, tmp_path, fails):
     assert "nothing was overwritten" in fails("export", *model, "--export_dir", export_dir)
     assert (export_dir / "manifest.json").read_bytes() == before
     assert "not an export" in fails("export", *model, "--export_dir", tiny.model_dir, "--overwrite")
-    shutil.copytree(tiny.model_dir, tmp_path / "damaged")
-    for path in (tmp_path / "damaged" / "checkpoints" / "3" / "state").rglob("d/*"):
-        path.write_bytes(bytes(byte ^ 0xFF for byte in path.read_bytes()))
-    assert "can be read (3: " in fails("export", "--model_dir", tmp_path / "damaged", *new, writes=(tmp_path / "new",))
     assert "does not exist" in fails("export", "--model_dir", tmp_path / "no", *new, writes=written)
     assert "cpu, tpu, cuda" in fails("export", *model, *new, "--platforms=abacus", writes=written)
     assert "no such index" in fails("export", *model, *new, "--index_dir", tmp_path / "no", writes=written)
     assert "--model_dir" in fails("export", *new, writes=written)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_model_is_not_exported(tiny, tmp_path, fails):
+    model, new = tmp_path / "damaged", tmp_path / "new"
+    shutil.copytree(tiny.model_dir, model)
+    for path in (model / "checkpoints" / "3" / "state").rglob("d/*"):
+        path.write_bytes(bytes(byte ^ 0xFF for byte in path.read_bytes()))
+    assert "can be read (3: " in fails("export", "--model_dir", model, "--export_dir", new, writes=(new,))
 
 
 def test_an_interrupted_export_leaves_nothing(tiny, tmp_path, monkeypatch):
