@@ -72,10 +72,12 @@ class Watchdog:
         _LOG.error("%s", line)
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         try:
-            with path.open("w") as file:
+            partial = path.with_suffix(".partial")  # who finds the file finds it whole
+            with partial.open("w") as file:
                 file.write(line + "\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+            partial.replace(path)
         except OSError as error:
             _LOG.error("%s cannot be written: %s", path, error.strerror)
         if self._abort:
