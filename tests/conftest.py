@@ -1,5 +1,6 @@
 """Every test sees eight virtual CPU devices, no accelerator and no display; set before JAX is imported."""
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -13,6 +14,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # of a program asks for `optimised`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Tracing makes very many small objects that live: looking for garbage among them so often takes a tenth of the time.
+gc.set_threshold(50_000, 20, 50)
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 

@@ -19,7 +19,7 @@ TENTH = (
     "AlmanacConfig.lesson_share = 0.1",
     "AlmanacConfig.gate_facts = 120",
     "AlmanacConfig.validation_facts = 60",
-    "AlmanacConfig.test_questions = 400",
+    "AlmanacConfig.test_questions = 200",
     # a small world's vocabulary splits more words
     "demo.task_feature_lengths = {'inputs': 20, 'targets': 8, 'query': 20, 'passages': 112}",
     "demo.passage_length = 90",
@@ -36,7 +36,7 @@ TENTH = (
     "crowds/Lesson.length = 112",
     "Measuring.buckets = (1, 64)",
     "DualEncoder.steps = 100",
-    "ExpertRAG.gate_steps = 80",
+    "ExpertRAG.gate_steps = 40",
     "Lesson.steps = 5",
     "sentence/Lesson.steps = 5",
     "strangers/Lesson.steps = 5",
@@ -44,7 +44,7 @@ TENTH = (
     "paragraphs/Lesson.steps = 5",
     "articles/Lesson.steps = 5",
     "Measuring.throughput_questions = 64",
-    "Measuring.rounds = 2",
+    "Measuring.rounds = 1",
     "Measuring.latency_questions = 5",
     "Measuring.exported_questions = 20",
 )
@@ -57,7 +57,7 @@ POLICY_KEYS = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("almanac")
-    arguments = ["--gin_file=runs/almanac.gin", f"--gin.MODEL_DIR={directory}", "--gin.TRAIN_STEPS=60"]
+    arguments = ["--gin_file=runs/almanac.gin", f"--gin.MODEL_DIR={directory}", "--gin.TRAIN_STEPS=45"]
     bindings = [f"--gin_bindings={line}" for line in TENTH]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}  # one device, as a user's laptop has
     command = [sys.executable, "-m", "expertrag_jax.demo", *arguments, *bindings]
