@@ -7,10 +7,10 @@ A run that was stopped goes on where it was: what is trained, indexed and genera
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from expertrag_jax.infer import infer
 from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.service import Service, service_from_model
 from expertrag_jax.stages import Stages, quiet
+from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.expert_rag import ExpertRAG
 from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.train import Stage, train
@@ -167,15 +168,15 @@ def demo(
     if system.gate_objective != "utility":
         raise UserError("the demo measures losses of both arms, which are no labels: set gate_objective = 'utility'.")
     check_steps((*retriever.phases, *system.phases))
-    directory.mkdir(parents=True, exist_ok=True)
-    check_world(directory, world, seed)
+    generated = World(world)  # refuses impossible sizes before anything is written
+    check_folder(directory, world.digest, seed, recipe(system, retriever, schedule, task_feature_lengths))
     logging.set_verbosity(logging.ERROR)  # TFDS warns of every builder that is not in its catalogue
     # Stages compile the same programs again, and so does a run that goes on.
     jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     stages = Stages(NUM_STAGES)
     run = Demo(
-        directory, World(world), retriever, system, schedule, measuring, dict(task_feature_lengths), passage_length,
+        directory, generated, retriever, system, schedule, measuring, dict(task_feature_lengths), passage_length,
         retriever_batch, gate_batch, num_passages, seed, stages,
     )
     tasks = generate(run, world, vocabulary_size)
@@ -204,15 +205,31 @@ NOTES = (
 )
 
 
-def check_world(directory: Path, world: AlmanacConfig, seed: int) -> None:
-    """Notes which world the directory is of; UserError where it is of another one, before anything is written."""
-    path, this = directory / "world.json", {"world": world.digest, "seed": seed}
-    if not path.exists() and not (directory / "world").exists():
+def recipe(system: ExpertRAG, retriever: DualEncoder, schedule: Schedule, lengths: Mapping[str, int]) -> str:
+    """A digest of what is trained, and for how long."""
+    parts = [describe(system), describe(retriever), dataclasses.asdict(schedule), dict(lengths)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def check_folder(directory: Path, world: str, seed: int, trained: str) -> None:
+    """Makes the folder and notes what is run in it: the world's digest, the seed, and ``recipe``'s.
+
+    Raises:
+      UserError: it holds a run on another world, with another seed or of another recipe, or files that are of no such
+        run; before anything is written.
+    """
+    path, this = directory / "world.json", {"world": world, "seed": seed, "trained": trained}
+    if not path.exists():
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError(f"{directory} holds files of no demo: name an empty MODEL_DIR; nothing was changed.")
+        directory.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(this) + "\n")
-    elif not path.exists() or json.loads(path.read_text()) != this:
+    elif (found := json.loads(path.read_text())) != this:
+        other = [name for name in this if found.get(name) != this[name]]
+        names = {"world": "on another world", "seed": "with another seed", "trained": "of other models or steps"}
         raise UserError(
-            f"{directory} holds a run on another world or with another seed: name another MODEL_DIR; nothing was "
-            "changed."
+            f"{directory} holds a run {names[other[0]] if other else 'of another release'}: name another MODEL_DIR; "
+            "nothing was changed."
         )
 
 
@@ -402,7 +419,7 @@ def settings(run: Demo, world: AlmanacConfig) -> dict[str, Any]:
     return {
         "entities": world.num_entities, "training questions": world.num_training_questions,
         "world": world.digest, "passages read": run.num_passages, "experts": run.system.model.num_experts,
-        "generator steps": run.system.generator_steps, "date": time.strftime("%Y-%m-%d"),
+        "generator steps": run.system.generator_steps,
     }
 
 

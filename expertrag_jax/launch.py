@@ -92,7 +92,7 @@ def explain(error: BaseException) -> str | None:
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and package not in ("expertrag_jax", "tasks"):
         return f"this needs the package {package}, which is not installed here."
-    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
+    if isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)):
         return text.partition("] ")[2] or text  # without "[Errno 2]"
     if disk.is_full(error):
         return f"The disk is full ({text}): make room and run the same command again."

@@ -2,22 +2,40 @@
 
 import pytest
 
-from expertrag_jax.demo import check_world
+from expertrag_jax.demo import check_folder
 from expertrag_jax.errors import UserError
 from expertrag_jax.main import main
-from tasks.almanac import AlmanacConfig
+
+THIS = {"world": "a", "seed": 0, "trained": "x"}
 
 
-def test_a_folder_of_another_world_or_seed_is_refused(tmp_path):
-    check_world(tmp_path, AlmanacConfig(), 0)
-    check_world(tmp_path, AlmanacConfig(), 0)
-    for world, seed in ((AlmanacConfig(), 1), (AlmanacConfig(num_entities=900), 0)):
-        with pytest.raises(UserError, match="holds a run on another world or with another seed"):
-            check_world(tmp_path, world, seed)
-    (tmp_path / "old" / "world").mkdir(parents=True)  # nothing tells which world that is
-    with pytest.raises(UserError, match="holds a run on another world"):
-        check_world(tmp_path / "old", AlmanacConfig(), 0)
-    assert not (tmp_path / "old" / "world.json").exists()
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    check_folder(tmp_path / "new", **THIS)
+    check_folder(tmp_path / "new", **THIS)
+    others = {"world": ("b", "on another world"), "seed": (1, "another seed"), "trained": ("y", "other models")}
+    for name, (value, told) in others.items():
+        with pytest.raises(UserError, match=f"holds a run .*{told}"):
+            check_folder(tmp_path / "new", **THIS | {name: value})
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "questions.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="files of no demo"):
+        check_folder(tmp_path, **THIS)
+    assert [path.name for path in tmp_path.iterdir()] == ["questions.jsonl"]
+
+
+def test_an_impossible_world_is_refused_before_anything_is_written(tmp_path, capsys):
+    command = ["demo", "--gin_file=runs/almanac.gin", f"--gin.MODEL_DIR={tmp_path / 'new'}"]
+    assert main([*command, "--gin_bindings=AlmanacConfig.questions_per_fact = 3"]) == 2
+    assert "questions_per_fact is 3" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_file_for_a_folder_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--gin_file=runs/almanac.gin", f"--gin.MODEL_DIR={tmp_path / 'file'}"]) == 2
+    printed = capsys.readouterr().err
+    assert "error: " in printed and "Traceback" not in printed
 
 
 def test_a_word_for_a_number_of_steps_is_one_sentence_before_anything_is_written(tmp_path, capsys):

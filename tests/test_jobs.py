@@ -294,6 +294,7 @@ def test_training_says_what_is_wrong_with_its_input(closed_book, files, fails, t
     broken.write_text('{"question": "Who?", "answers": ["A"]}\n{"question": "Who?"\n')
     write_json_lines(long_, [{"question": "Where " * 60 + "?", "answers": ["A"]}])
     assert "nowhere.jsonl: no such file" in train("--gin.QUESTIONS=nowhere.jsonl")
+    assert "no file is named where one is read: set --gin.QUESTIONS" in train("--gin.QUESTIONS=None")
     assert "broken.jsonl:2: not JSON" in train(f"--gin.QUESTIONS='{broken}'")
     assert "but inputs holds 24" in train(f"--gin.QUESTIONS='{long_}'")
     assert "cannot read the vocabulary" in train("--gin.VOCABULARY=nowhere.model")

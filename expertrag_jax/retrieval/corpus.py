@@ -81,8 +81,10 @@ def open_text(path: str | Path) -> Iterator[TextIO]:
     """Open a UTF-8 file, plain or gzipped (by content, not by name), for reading with line ends kept.
 
     Raises:
-      UserError: the file is missing, is a folder, is damaged gzip, or is not UTF-8.
+      UserError: no file is named, or it is missing, is a folder, is damaged gzip, or is not UTF-8.
     """
+    if path is None:  # a gin file's macro that nobody has set
+        raise UserError("no file is named where one is read: set --gin.QUESTIONS, --gin.GATE_QUESTIONS or --gin.CORPUS")
     path = Path(path)
     try:
         with open(path, "rb") as raw:
@@ -145,7 +147,6 @@ def read_passages_tsv(path: str | Path) -> Passages:
       UserError: the file is missing, damaged or empty, a line has another number of columns (with its
         number), an id is empty or occurs twice.
     """
-    path = Path(path)
     seen: dict[str, int] = {}
     titles, texts = [], []
     with open_text(path) as lines:
