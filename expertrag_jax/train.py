@@ -195,12 +195,15 @@ def check_embeddings(system: System, reader: Vocabulary, retriever: Vocabulary) 
 def keep_configuration(directory: Path, files: Mapping[str, tuple[str, Vocabulary]]) -> None:
     """Writes vocabularies and gin's operative configuration; what an earlier start wrote stays as it is.
 
+    Where no checkpoint is, that start has trained nothing, and its vocabularies bind nobody.
+
     Raises:
-      UserError: the directory holds another vocabulary.
+      UserError: the directory holds checkpoints with another vocabulary.
     """
+    trained = any(path.name.isdigit() for path in (directory / CHECKPOINTS).glob("*"))
     for name, (place, vocabulary) in files.items():
         path = directory / place
-        if not path.exists():
+        if not path.exists() or not trained:
             vocabulary.save(path)
         elif Vocabulary.from_file(path).digest != vocabulary.digest:
             raise UserError(

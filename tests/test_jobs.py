@@ -15,11 +15,13 @@ import jax
 import numpy as np
 import pytest
 
+from expertrag_jax.errors import UserError
 from expertrag_jax.main import main
 from expertrag_jax.partitioning import PARAMETER_RULES
 from expertrag_jax.retrieval.corpus import write_passages_tsv
 from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.systems.retriever import DualEncoder
+from expertrag_jax.train import keep_configuration
 from expertrag_jax.trained_model import open_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -282,6 +284,19 @@ def test_a_killed_run_ends_with_the_same_parameters(files, compiled_programs, tm
     assert start(killed).wait() == 0
     ours, theirs = (open_model(place).params for place in (killed, whole))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_vocabulary_of_a_start_that_trained_nothing_binds_nobody(tiny_model, tmp_path):
+    wrong, right = (tiny_model.vocabulary(tmp_path / f"{seed}.model", seed=seed) for seed in (3, 4))
+    (tmp_path / "model" / "checkpoints").mkdir(parents=True)
+    for vocabulary in (wrong, right):
+        keep_configuration(tmp_path / "model", {"reader vocabulary": ("vocabulary/reader.model", vocabulary)})
+    (tmp_path / "model" / "checkpoints" / "5").mkdir()
+    kept = (tmp_path / "model" / "vocabulary" / "reader.model").read_bytes()
+    with pytest.raises(UserError, match="is another reader vocabulary"):
+        keep_configuration(tmp_path / "model", {"reader vocabulary": ("vocabulary/reader.model", wrong)})
+    assert kept == (tmp_path / "4.model").read_bytes()
+    assert kept == (tmp_path / "model" / "vocabulary" / "reader.model").read_bytes()
 
 
 def test_training_says_what_is_wrong_with_its_input(closed_book, files, fails, tmp_path):
