@@ -19,6 +19,7 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.manifest import MANIFEST_NAME
 
 CURRENT = "current"
+PUBLISHED = ".published"  # names of the versions that were written here, one a line: nothing else is ever removed
 
 
 def current(root: str | Path) -> Path:
@@ -39,7 +40,7 @@ def publish(root: str | Path, name: str, write: Callable[[Path], Any], keep: int
     Args:
       name: of the version; not ``current``.
       write: writes an index into the directory it is given, whole or not at all.
-      keep: so many versions stay, the newest ones and the current one; others are removed.
+      keep: so many versions stay, the newest ones and the current one; others that were published here are removed.
 
     Returns:
       Its directory.
@@ -49,6 +50,8 @@ def publish(root: str | Path, name: str, write: Callable[[Path], Any], keep: int
     place = root / name
     if not (place / MANIFEST_NAME).is_file():
         write(place)
+        with (root / PUBLISHED).open("a") as names:
+            names.write(f"{name}\n")
     point(root, name)
     _remove_old(root, keep)
     return place
@@ -65,7 +68,8 @@ def point(root: Path, name: str) -> None:
 
 def _remove_old(root: Path, keep: int) -> None:
     now = current(root)
-    versions = [entry for entry in root.iterdir() if (entry / MANIFEST_NAME).is_file() and not entry.is_symlink()]
+    ours = set((root / PUBLISHED).read_text().splitlines()) if (root / PUBLISHED).exists() else set()
+    versions = [root / name for name in ours if (root / name / MANIFEST_NAME).is_file()]
     versions.sort(key=lambda entry: (entry == now, entry.stat().st_mtime))
     for old in versions[: max(0, len(versions) - keep)]:
         shutil.rmtree(old)

@@ -75,7 +75,8 @@ def thorough(system, params, documents, length: int, beams: int):
       others score ``decoding.NEGATIVE``.
     """
     hypotheses, scores = passage_beams(system, params, documents, length, beams)
-    first = ~jnp.tril(same(hypotheses), -1).any(-1) & decoding.is_real(scores)
+    real = decoding.is_real(scores)
+    first = ~jnp.tril(same(hypotheses) & real[:, None], -1).any(-1) & real  # an absent passage's copy does not count
     log_likelihood = score_hypotheses(system, params, documents, hypotheses)
     found = jax.nn.logsumexp(documents.log_prior[:, None] + log_likelihood, axis=-1)
     return ordered(hypotheses, jnp.where(first, found, decoding.NEGATIVE))

@@ -65,10 +65,11 @@ def test_a_version_that_cannot_be_written_changes_nothing(tmp_path):
     open_index(tmp_path / versions.CURRENT)
 
 
-def test_old_versions_are_removed_and_the_current_one_never(tmp_path):
+def test_old_versions_are_removed_and_neither_the_current_one_nor_what_is_not_of_here(tmp_path):
+    writer(0)(tmp_path / "mine")
     for number in range(1, 5):
         versions.publish(tmp_path, f"v{number}", writer(number), keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v3", "v4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [versions.PUBLISHED, "current", "mine", "v3", "v4"]
     versions.publish(tmp_path, "v3", lambda place: pytest.fail("it is there already"), keep=2)
     assert versions.current(tmp_path).name == "v3"
     with pytest.raises(UserError, match="no current version"):
