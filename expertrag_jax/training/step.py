@@ -42,7 +42,8 @@ def make_train_step(
       optimizer: over the flat dict of trainable parameters.
       trainable: patterns of parameter paths.
       microbatches: the batch is worked on in this many parts, one after the other, each weighted by the units
-        of its loss, so that the gradient is the whole batch's.
+        of its loss. The gradient is the whole batch's where rows do not look at one another; routing groups, drops,
+        balance losses and in-batch negatives are those of each part.
       seed: of the run.
       state_shardings: a TrainState of shardings that the new state keeps; None leaves it to the compiler.
       donate: give the old state's memory to the new one; the caller must not use the old one again.
