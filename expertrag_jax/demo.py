@@ -7,10 +7,9 @@ A run that was stopped goes on where it was: what is trained, indexed and genera
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from expertrag_jax.assembly import load_params, tokenise_answers
 from expertrag_jax.data.interleave import Curriculum, Weighted, interleave
 from expertrag_jax.data.pipeline import Pipeline
 from expertrag_jax.data.vocabularies import Vocabularies
+from expertrag_jax.demo_folder import check_folder, recipe
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluation.answers import exact_match
 from expertrag_jax.evaluation.checks import almanac_checks
@@ -34,7 +34,6 @@ from expertrag_jax.infer import infer
 from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.service import Service, service_from_model
 from expertrag_jax.stages import Stages, quiet
-from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.expert_rag import ExpertRAG
 from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.train import Stage, train
@@ -203,34 +202,6 @@ NOTES = (
     "Speeds are medians of runs taken in turn on the machine named above, gate and search included.",
     "Answers of random, gate and oracle are those of the two arms; real runs of each checked that they are equal.",
 )
-
-
-def recipe(system: ExpertRAG, retriever: DualEncoder, schedule: Schedule, lengths: Mapping[str, int]) -> str:
-    """A digest of what is trained, and for how long."""
-    parts = [describe(system), describe(retriever), dataclasses.asdict(schedule), dict(lengths)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def check_folder(directory: Path, world: str, seed: int, trained: str) -> None:
-    """Makes the folder and notes what is run in it: the world's digest, the seed, and ``recipe``'s.
-
-    Raises:
-      UserError: it holds a run on another world, with another seed or of another recipe, or files that are of no such
-        run; before anything is written.
-    """
-    path, this = directory / "world.json", {"world": world, "seed": seed, "trained": trained}
-    if not path.exists():
-        if directory.exists() and any(directory.iterdir()):
-            raise UserError(f"{directory} holds files of no demo: name an empty MODEL_DIR; nothing was changed.")
-        directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(this) + "\n")
-    elif (found := json.loads(path.read_text())) != this:
-        other = [name for name in this if found.get(name) != this[name]]
-        names = {"world": "on another world", "seed": "with another seed", "trained": "of other models or steps"}
-        raise UserError(
-            f"{directory} holds a run {names[other[0]] if other else 'of another release'}: name another MODEL_DIR; "
-            "nothing was changed."
-        )
 
 
 def generate(run: Demo, world: AlmanacConfig, vocabulary_size: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from expertrag_jax.demo import check_folder
+from expertrag_jax.demo_folder import check_folder
 from expertrag_jax.errors import UserError
 from expertrag_jax.main import main
 

@@ -23,7 +23,7 @@ BLOCKED = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "sca
 HOUSE = (
     ("entry points", tuple(ENTRY_POINTS)),
     ("interop", ("interop",)),
-    ("what jobs share", ("encoders", "trained_gate", "gate_training", "comparison", "stages")),
+    ("what jobs share", ("encoders", "trained_gate", "gate_training", "comparison", "stages", "demo_folder")),
     ("from files to answers", ("assembly", "trained_model", "service")),
     ("answering", ("answering",)),
     ("training", ("training",)),

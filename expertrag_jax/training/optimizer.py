@@ -140,14 +140,14 @@ def adamw(
         b2=b2,
         eps=eps,
         weight_decay=weight_decay,
-        mask=lambda p: jax.tree_util.tree_map_with_path(_is_matrix, p),
+        mask=lambda p: jax.tree_util.tree_map_with_path(_decays, p),
     )
     if clip_norm is not None:
         update = optax.chain(optax.clip_by_global_norm(clip_norm), update)
     return Scheduled(update, learning_rate)
 
 
-def _is_matrix(path: tuple, parameter: jax.Array) -> bool:
-    """By name too: the vectors of scanned layers are stacked, and look like matrices."""
+def _decays(path: tuple, parameter: jax.Array) -> bool:
+    """Whether it is a matrix; by name too, for the stacked vectors of scanned layers look like one."""
     name = str(path[-1].key).rpartition("/")[2] if path else ""
     return parameter.ndim >= 2 and name not in ("scale", "bias", "selection_bias")

@@ -107,7 +107,7 @@ def test_the_hybrid_index_belongs_to_the_retriever(walked):
     assert loaded.passages.titles[found.rows[0, 0]] == "Bela Korv"
 
 
-def test_the_reader_holds_the_retrievers_query_encoder_and_its_loss_falls(walked):
+def test_the_reader_holds_the_retrievers_query_encoder_and_runs_both_phases(walked):
     reader = encoders.load_encoder(walked / "runs/wikipedia/reader")
     trained = encoders.load_encoder(walked / "runs/wikipedia/retriever")
     assert reader.digest == trained.digest

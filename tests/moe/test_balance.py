@@ -1,4 +1,4 @@
-"""The bias of loss-free balancing: its gradient, and that any optimizer evens out the load with it."""
+"""The bias of loss-free balancing: its gradient, the step that training takes with it, and what it does to the load."""
 
 import functools
 

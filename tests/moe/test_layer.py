@@ -152,7 +152,7 @@ EXCHANGES = {  # mesh, replica groups of the two exchanges, and of the sum over 
 
 
 @pytest.mark.parametrize("place", EXCHANGES)
-def test_a_forward_pass_exchanges_twice_and_gathers_nothing(place):
+def test_a_forward_pass_exchanges_twice_and_gathers_nothing(place, optimised):
     axes, exchanged, summed = EXCHANGES[place]
     mesh = mesh_of(axes)
     with jax.set_mesh(mesh):

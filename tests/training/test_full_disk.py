@@ -165,7 +165,8 @@ def check_run(result, model_dir, left, toy, caplog):
         return toy.data(start)
 
     state = loop.train(toy.Toy(steps=(60, 0)), {"body": data, "head": data}, left, mesh=mesh, log_period=1)
-    assert (int(state.step), positions) == (60, [20]) and "damaged" not in caplog.text
+    warned = [record.getMessage() for record in caplog.records if record.name.startswith("expertrag_jax")]
+    assert (int(state.step), positions) == (60, [20]) and not any("damaged" in message for message in warned)
     records = [json.loads(line) for line in (left / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 61))
 
