@@ -12,6 +12,8 @@ from expertrag_jax.errors import UserError
 
 Schedule = Callable[[jax.Array], jax.Array]
 
+_LEAST_SCALE = 1e-3  # a parameter at zero is still moved (arXiv:1804.04235, section 8)
+
 
 class Scheduled(optax.GradientTransformation):
     """A gradient transformation that knows its learning rate; its state is the plain transformation's.
@@ -99,6 +101,9 @@ def adafactor(
 ) -> Scheduled:
     """Adafactor (arXiv:1804.04235) with T5's settings: no momentum, factored second moments.
 
+    Scanned layers are updated as unrolled ones: each has its own root mean squares, as in T5X. (Their second moments are
+    apart in any case, while there are fewer layers than ``min_dim_size_to_factor``.)
+
     Args:
       learning_rate: a number or a schedule of the phase's step; None is ``factors_schedule()``. With
         ``multiply_by_parameter_scale`` it is relative to each parameter's root mean square.
@@ -108,16 +113,33 @@ def adafactor(
       weight_decay: multiplies parameters by (1 - weight_decay) each step; None: none.
     """
     learning_rate = factors_schedule() if learning_rate is None else learning_rate
-    update = optax.adafactor(
-        learning_rate=learning_rate,
-        decay_rate=decay_rate,
-        clipping_threshold=clipping_threshold,
-        multiply_by_parameter_scale=multiply_by_parameter_scale,
-        min_dim_size_to_factor=min_dim_size_to_factor,
-        momentum=None,
-        weight_decay_rate=weight_decay,
-    )
+    parts = [optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor)]
+    if clipping_threshold is not None:
+        parts.append(_by_layer(lambda update, _: update / jnp.maximum(1.0, _rms(update) / clipping_threshold)))
+    parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
+    if multiply_by_parameter_scale:
+        parts.append(_by_layer(lambda update, parameter: update * jnp.maximum(_rms(parameter), _LEAST_SCALE)))
+    if weight_decay is not None:
+        parts.append(optax.add_decayed_weights(weight_decay))
+    update = optax.chain(*parts, optax.scale(-1.0))
     return Scheduled(update, learning_rate)
+
+
+def _by_layer(change: Callable[[jax.Array, jax.Array], jax.Array]) -> optax.GradientTransformation:
+    """``change(update, parameter)`` of each parameter, of each layer of a stack by itself."""
+
+    def one(path: tuple, update: jax.Array, parameter: jax.Array) -> jax.Array:
+        scanned = "layers" in str(path[-1].key).split("/")[:-1] if path else False
+        return jax.vmap(change, 1, 1)(update, parameter) if scanned else change(update, parameter)
+
+    def update(updates, state, params):
+        return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x)))
 
 
 def adamw(

@@ -82,6 +82,38 @@ def test_adafactor_factors_large_matrices_only():
     assert 64 * 64 in sizes and 128 * 256 not in sizes and {128, 256} <= set(sizes)
 
 
+def test_adafactor_updates_scanned_layers_as_unrolled_ones():
+    """Layers of very different size, in two matrices, factored and not, and in a vector; four steps."""
+    shapes = {"mlp/wi/kernel": (130, 140), "mlp/wo/kernel": (6, 5), "norm/scale": (7,)}
+    keys = jax.random.split(jax.random.key(0), 5)
+    numbers = [
+        {name: jax.random.normal(key, (*shape, 3)) * jnp.array([0.1, 1.0, 20.0]) for name, shape in shapes.items()}
+        for key in keys
+    ]
+    stacked = [{f"encoder/layers/{name}": jnp.moveaxis(x, -1, 1) for name, x in each.items()} for each in numbers]
+    apart = [{f"encoder/layers_{i}/{name}": x[..., i] for i in range(3) for name, x in e.items()} for e in numbers]
+    found = []
+    for params, *gradients in (stacked, apart):
+        rule = optimizer.adafactor(0.1, weight_decay=0.01)
+        state, update = rule.init(params), jax.jit(rule.update)
+        for g in gradients:
+            updates, state = update(g, state, params)
+            params = optax.apply_updates(params, updates)
+        found.append(params)
+    for name in shapes:
+        layers = jnp.stack([found[1][f"encoder/layers_{i}/{name}"] for i in range(3)], 1)
+        np.testing.assert_allclose(found[0][f"encoder/layers/{name}"], layers, rtol=1e-5, atol=1e-5)
+
+
+def test_adafactor_of_unrolled_layers_is_optax_s():
+    p = {"layers_0/mlp/wi/kernel": jax.random.normal(jax.random.key(1), (130, 140)), "token_embedder": jnp.zeros((3, 2))}
+    ours, theirs = optimizer.adafactor(0.1, weight_decay=0.01), optax.adafactor(0.1, weight_decay_rate=0.01)
+    g = jax.tree.map(lambda x: jnp.cos(x) * 3, p)
+    (found, state), (expected, other) = (rule.update(g, rule.init(p), p) for rule in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    assert jax.tree.structure(state) == jax.tree.structure(other)
+
+
 def test_adamw_clips_by_global_norm_and_spares_vectors_from_decay():
     p = {"b": jnp.ones((2,)), "w": jnp.ones((2, 2))}
     zero = jax.tree.map(jnp.zeros_like, p)
