@@ -293,7 +293,7 @@ class Answerer:
           UserError: there is no retriever.
         """
         if self.retriever is None:
-            raise UserError("A question retrieves but there is no index: give INDEX_DIR, or set GATE to 'never'.")
+            raise UserError("A question retrieves but there is no index: give --index_dir, or --retrieve=never.")
         bucket = self._bucket(len(questions))
         texts = list(questions.texts) + [questions.texts[-1]] * (bucket - len(questions))
         return self.retriever.retrieve(texts, pad_rows(questions.query_tokens, bucket), self.num_passages)

@@ -103,6 +103,7 @@ def evaluate(
         num_passages=service.settings.num_passages,
         retriever_recall=retrieval.get("recall_at_k", float("nan")),
         speed_up=timing.speed_up,
+        differing=timing.differing,
         description=f"{len(asked)} questions of {questions or task}.",
     )
     index = service.answerer.retriever.loaded.directory

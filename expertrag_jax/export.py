@@ -64,10 +64,19 @@ def export(
         raise UserError(f"platforms are {', '.join(platforms) or 'none'}: choose among {', '.join(known)}.")
     export_directory.check_writable(export_dir, overwrite)
     model = open_model(model_dir, checkpoint_path, num_passages=num_passages, buckets=buckets)
+    if getattr(model.system, "weighs_passages", False):
+        raise UserError(
+            f"a {type(model.system).__name__} weighs its passages while it answers, which an export cannot yet: answer "
+            "with `expertrag infer --model_dir`."
+        )
     if index_dir is None and model.index_dir is not None:
         index_dir = model.index_dir if Path(model.index_dir).is_dir() else None
         if index_dir is None:
             _LOG.warning("the training's index %s is gone: the export refers to none", model.index_dir)
+        elif not hasattr(model.system, "read"):
+            _LOG.warning("the training put evidence into the questions; the export answers from questions alone")
+        else:
+            model.check_index()
     with tqdm(desc="programs", unit="", total=None) as bar:
         manifest = serving.write_export(
             export_dir,

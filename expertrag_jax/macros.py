@@ -3,7 +3,7 @@
 MACROS: dict[str, str] = {
     "MIXTURE_OR_TASK_NAME": "SeqIO task or mixture to train on",
     "TASK_FEATURE_LENGTHS": "feature to length in tokens, as {'inputs': 64, 'targets': 16}",
-    "TRAIN_STEPS": "steps in all, counted from step 0",
+    "TRAIN_STEPS": "steps of the (first) phase; where there is one phase, in all",
     "MODEL_DIR": "folder of checkpoints, config.gin, vocabulary and logs",
     "BATCH_SIZE": "examples in a global batch",
     "USE_CACHED_TASKS": "True to read tasks from SeqIO's cache",
@@ -16,7 +16,7 @@ MACROS: dict[str, str] = {
     "EVAL_PERIOD": "steps between evaluations",
     "EVAL_STEPS": "batches in one evaluation",
     "DROPOUT_RATE": "dropout rate of every layer",
-    "LOSS_NORMALIZING_FACTOR": "constant that divides the loss, None for the number of target tokens",
+    "LOSS_NORMALIZING_FACTOR": "constant that divides the loss; None: the number of target tokens (in T5X: 1)",
     "Z_LOSS": "weight of log(Z)^2 of the output softmax",
     "LABEL_SMOOTHING": "probability mass moved from the target to the other tokens",
     "MODEL": "the system that is trained, as @expert_rag.ExpertRAG()",
@@ -33,6 +33,6 @@ MACROS: dict[str, str] = {
     "FUSION": "how the reader joins several passages",
     "NUM_PASSAGES": "passages read per retrieving question",
     "INDEX_DIR": "folder of the passage index",
-    "CORPUS": "passages to index, or the almanac's edition",
+    "CORPUS": "passages to index",
     "RETRIEVAL_COST": "price of one retrieval, in units of utility",
 }

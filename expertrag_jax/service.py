@@ -124,10 +124,19 @@ def service_from_model(model: Model, retrieve: str = "gate", index_dir: str | No
       index_dir: None means the index of the training.
 
     Raises:
-      UserError: there is no index and something may retrieve, or the index belongs to another model.
+      UserError: there is no index and something may retrieve, or the index belongs to another model; or the training
+        put evidence into the questions, which nothing does here.
     """
     reads = hasattr(model.system, "read")
+    if not reads and retrieve != "never" and model.index_dir is not None:
+        raise UserError(
+            "this system was trained on questions with evidence in them, and answers from the question alone: accept "
+            "that with `expertrag infer --retrieve=never`, or train systems/expert_rag.gin with FUSION = 'concatenate'."
+        )
+    own = index_dir is None
     index_dir = choose_index(retrieve, index_dir or model.index_dir, reads)
+    if own and index_dir is not None:
+        model.check_index()
     policy = assembly.make_policy(retrieve if reads else "never", model.settings.threshold)
     vocabularies = model.reader_vocabulary, model.retriever_vocabulary
     answerer = assembly.answerer_from_model(

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from expertrag_jax import launch, partitioning
 from expertrag_jax.assembly import READER_VOCABULARY, RETRIEVER_VOCABULARY
 from expertrag_jax.errors import UserError
+from expertrag_jax.retrieval.manifest import read_manifest
 from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import loop
@@ -128,7 +129,8 @@ def train(
       eval_datasets: by phase or stage, finite or not; the loss of its first ``eval_steps`` batches is logged
         every ``eval_period`` steps.
       early_stopping: ends the run where what ``eval_datasets`` gives no longer improves.
-      num_passages, index_dir: what the generator was trained to read, noted for answering.
+      num_passages, index_dir: what the generator was trained to read, noted for answering; a run goes on with an
+        index of the same passages only.
       hang_seconds: after so long without a step, the stacks of all threads go to standard error and
         ``logs/hang_<step>.txt``; the start, first batches, compilation, checkpoints and evaluations may take four times
         as long. None: never.
@@ -154,8 +156,6 @@ def train(
     mesh = mesh or partitioning.make_mesh()
     first = jax.process_index() == 0
     told = first and progress is None
-    if first:
-        keep_configuration(directory, files)
     run = partitioning.activation_rules(activation_rules)(loop.train)
     with announced(directory, phases, mesh) if told else contextlib.nullcontext():
         state = run(
@@ -166,18 +166,26 @@ def train(
             hooks=evaluation_hooks(system, phases, eval_datasets or {}, eval_period, eval_steps, mesh),
             early_stopping=early_stopping,
             metadata={
-                "digests": {name: found.digest for name, (_, found) in files.items()},
+                "digests": {name: found.digest for name, (_, found) in files.items()} | corpus_digest(index_dir),
                 "system": describe(system),
                 "task_feature_lengths": dict(task_feature_lengths),
                 "num_passages": num_passages,
                 "index_dir": None if index_dir is None else str(Path(index_dir).absolute()),
             },
             progress=(progress or show) if first else None, hang_seconds=hang_seconds, hang_abort=hang_abort,
-            profile_steps=profile_steps, started=launch.started("expertrag_jax.train"),
+            profile_steps=profile_steps, begin=(lambda: keep_configuration(directory, files)) if first else None,
+            started=launch.started("expertrag_jax.train"),
         )  # fmt: skip
     if told:
         print(f"trained {int(state.step)} steps: {directory / CHECKPOINTS / str(int(state.step))}", flush=True)
     return state
+
+
+def corpus_digest(index_dir: str | None) -> dict[str, str]:
+    """``{"corpus": digest}`` of the passages in an index; empty where none is named or none is there yet."""
+    if index_dir is None or not Path(index_dir).is_dir():
+        return {}
+    return {"corpus": read_manifest(index_dir).corpus_digest}
 
 
 def check_embeddings(system: System, reader: Vocabulary, retriever: Vocabulary) -> None:
@@ -213,7 +221,7 @@ def keep_configuration(directory: Path, files: Mapping[str, tuple[str, Vocabular
     text = gin.operative_config_str(max_line_length=110)
     if not text.strip():  # called from Python, not from gin
         return
-    written = sorted(directory.glob("config*.gin"))
+    written = sorted(directory.glob("config*.gin")) if trained else []
     if not any(path.read_text() == text for path in written):
         name = "config.gin" if not written else f"config-{len(written)}.gin"
         (directory / name).write_text(text)

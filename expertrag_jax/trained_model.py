@@ -18,6 +18,7 @@ from expertrag_jax.assembly import (
 )
 from expertrag_jax.errors import UserError
 from expertrag_jax.gate.network import with_calibration
+from expertrag_jax.retrieval.manifest import read_manifest
 from expertrag_jax.systems.description import rebuild
 from expertrag_jax.training import pretrained
 from expertrag_jax.vocabulary import Vocabulary
@@ -31,7 +32,8 @@ class Model:
 
     Attributes:
       system: the dataclass (see ``systems``). params: its parameters. source: the checkpoint's directory.
-      reader_vocabulary, retriever_vocabulary: as trained. index_dir: of the training, or None.
+      reader_vocabulary, retriever_vocabulary: as trained. index_dir: of the training, or None. corpus_digest: of the
+        passages in it then; None where that was not noted.
       settings: as trained, with the gate's calibrated threshold.
     """
 
@@ -42,6 +44,16 @@ class Model:
     retriever_vocabulary: Vocabulary
     settings: AnswerSettings
     index_dir: str | None
+    corpus_digest: str | None = None
+
+    def check_index(self) -> None:
+        """UserError where the training's index now holds other passages, which nobody asked for by name."""
+        if None not in (self.index_dir, self.corpus_digest):
+            if read_manifest(self.index_dir).corpus_digest != self.corpus_digest:
+                raise UserError(
+                    f"the index at {self.index_dir} is of another corpus than the one of the training: name it with "
+                    "--index_dir to search it all the same."
+                )
 
 
 def open_model(
@@ -71,7 +83,8 @@ def open_model(
     )
     if gate:
         params = dict(params) | {"gate": with_calibration(params["gate"], gate["scale"], gate["bias"])}
-    return Model(system, params, source, reader, retriever, settings, facts.get("index_dir"))
+    corpus = facts.get("digests", {}).get("corpus")
+    return Model(system, params, source, reader, retriever, settings, facts.get("index_dir"), corpus)
 
 
 def _read(stored: pretrained.Stored) -> tuple[Path, dict[str, Any], Any, Any]:

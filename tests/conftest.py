@@ -16,8 +16,15 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Tracing makes very many small objects that live: looking for garbage among them so often takes a tenth of the time.
 gc.set_threshold(50_000, 20, 50)
+# XLA's older emitters make a program in two thirds of the time, and one thread at a time needs less in all: two workers
+# keep two cores busy anyway.
+QUICK_COMPILATION = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_enable_concurrency_optimized_scheduler=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} {QUICK_COMPILATION} --xla_force_host_platform_device_count=8"
 
 
 SLOW_FILES = ("test_demo", "test_jobs", "test_text_path", "test_training", "test_restart", "test_command")
@@ -26,6 +33,13 @@ SLOW_FILES = ("test_demo", "test_jobs", "test_text_path", "test_training", "test
 def pytest_collection_modifyitems(items):
     """Slow files first: of several workers none is left alone with one of them at the end."""
     items.sort(key=lambda item: item.path.stem not in SLOW_FILES)
+
+
+@pytest.fixture(scope="session")
+def xla_flags():
+    """``xla_flags(devices)``: of a process with so many CPU devices, each on one thread."""
+    one_thread = f"{QUICK_COMPILATION} --xla_cpu_multi_thread_eigen=false"
+    return lambda devices: f"{one_thread} --xla_force_host_platform_device_count={devices}"
 
 
 @pytest.fixture(scope="session")

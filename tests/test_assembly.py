@@ -174,7 +174,7 @@ def test_retrieval_needs_an_index(model):
 def test_a_closed_book_model_never_retrieves(tiny, model, tiny_model):
     closed = ClosedBook(tiny.system.model, max_target_length=8)
     params = {name: tiny.params[name] for name in ("token_embedder", "encoder", "decoder")}
-    closed = dataclasses.replace(model, system=closed, params=params)
+    closed = dataclasses.replace(model, system=closed, params=params, index_dir=None)
     with pytest.raises(UserError, match="closed-book"):
         service_from_model(closed, "always")
     service = service_from_model(closed)
@@ -183,6 +183,25 @@ def test_a_closed_book_model_never_retrieves(tiny, model, tiny_model):
     # the same closed-book arm as ExpertRAG's
     expected = service_from_model(model, "never").predict([Question("a", tiny_model.QUESTIONS[0])])[0]
     assert {**record, "p_ret": 0} == {**expected, "p_ret": 0}
+
+
+def test_a_model_that_was_trained_on_evidence_does_not_silently_go_without(tiny, model):
+    closed = ClosedBook(tiny.system.model, max_target_length=8)
+    params = {name: tiny.params[name] for name in ("token_embedder", "encoder", "decoder")}
+    decided = dataclasses.replace(model, system=closed, params=params)
+    with pytest.raises(UserError, match="trained on questions with evidence in them.*--retrieve=never"):
+        service_from_model(decided)
+    assert service_from_model(decided, "never").answerer.retriever is None
+
+
+def test_the_models_own_index_is_of_the_trainings_passages(tiny, model, tiny_model, tmp_path):
+    edition = str(tmp_path / "edition_1")
+    tiny_model.write_passage_index(edition, tiny.system, tiny.params, tiny.vocabulary, edition=1)
+    changed = dataclasses.replace(model, index_dir=edition)  # as if the folder had been written anew
+    with pytest.raises(UserError, match="edition_1 is of another corpus than the one of the training"):
+        service_from_model(changed)
+    for given in (changed, model):
+        assert str(service_from_model(given, index_dir=edition).answerer.retriever.loaded.directory) == edition
 
 
 # The service

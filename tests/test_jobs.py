@@ -229,7 +229,7 @@ def test_a_gin_file_chooses_the_gate_of_the_pipeline(gate, tiny, files, tmp_path
     assert len(logged) == 2 and all(json.loads(line)["loss"] > 0 for line in logged)
 
 
-def test_concatenated_passages_train_and_answer(files, tmp_path):
+def test_concatenated_passages_train_and_answer(files, fails, tmp_path, tiny_model):
     model = tmp_path / "model"
     macros = {
         "VOCABULARY": files / "vocabulary.model", "QUESTIONS": files / "questions.jsonl", "INDEX_DIR": files / "bm25",
@@ -244,8 +244,26 @@ def test_concatenated_passages_train_and_answer(files, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert {len(record["passages"]) for record in records} == {2}
 
+    write_passages_tsv(tiny_model.passages(edition=1), tmp_path / "other.tsv.gz")
+    other = ("--corpus", tmp_path / "other.tsv.gz", "--vocabulary", files / "vocabulary.model")
+    assert run("index", *other, "--index_dir", tmp_path / "other") == 0
+    again = ("train", *EXPERT_RAG, *SMALL, *given, *numbers, lengths)
+    swapped = fails(*again, f"--gin.INDEX_DIR='{tmp_path / 'other'}'", also=[model / "checkpoints"])
+    assert "was trained with another corpus" in swapped
 
-def test_a_killed_run_ends_with_the_same_parameters(files, compiled_programs, tmp_path):
+
+def test_the_data_of_later_phases_are_read_before_the_first_is_trained(files, fails, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question": "Who?"\n')
+    macros = {
+        "VOCABULARY": files / "vocabulary.model", "QUESTIONS": files / "questions.jsonl", "INDEX_DIR": files / "bm25",
+        "GATE_QUESTIONS": tmp_path / "bad.jsonl", "MODEL_DIR": tmp_path / "model",
+    }  # fmt: skip
+    given = [f"--gin.{name}='{value}'" for name, value in macros.items()]
+    assert "bad.jsonl:1" in fails("train", *EXPERT_RAG, *SMALL, *given, "--gin.QUERY_ENCODER=None")
+    assert not list((tmp_path / "model" / "checkpoints").iterdir())
+
+
+def test_a_killed_run_ends_with_the_same_parameters(files, compiled_programs, xla_flags, tmp_path):
     """ExpertRAG with experts, question files through SeqIO, turns of two kinds of batches, two phases; kill -9.
 
     All in processes of their own, which run the same programs: the first one compiles them.
@@ -263,11 +281,10 @@ def test_a_killed_run_ends_with_the_same_parameters(files, compiled_programs, tm
 
     def start(model_dir):
         command = [sys.executable, "-m", "expertrag_jax", *arguments, "--model_dir", model_dir]
-        environment = os.environ | {"XLA_FLAGS": ""}  # one device
-        environment |= {
+        environment = os.environ | {
+            "XLA_FLAGS": xla_flags(1),
             "JAX_COMPILATION_CACHE_DIR": compiled_programs,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # as users' runs
         }
         return subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env=environment)
 
@@ -289,6 +306,7 @@ def test_a_killed_run_ends_with_the_same_parameters(files, compiled_programs, tm
 def test_the_vocabulary_of_a_start_that_trained_nothing_binds_nobody(tiny_model, tmp_path):
     wrong, right = (tiny_model.vocabulary(tmp_path / f"{seed}.model", seed=seed) for seed in (3, 4))
     (tmp_path / "model" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "model" / "config.gin").write_text("of a start that failed")
     for vocabulary in (wrong, right):
         keep_configuration(tmp_path / "model", {"reader vocabulary": ("vocabulary/reader.model", vocabulary)})
     (tmp_path / "model" / "checkpoints" / "5").mkdir()

@@ -134,9 +134,8 @@ print("equal")
 """
 
 
-def test_sharded_search_equals_brute_force_on_eight_devices():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+def test_sharded_search_equals_brute_force_on_eight_devices(xla_flags):
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True, timeout=300
     )

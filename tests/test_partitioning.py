@@ -169,12 +169,12 @@ print("fine")
 """
 
 
-def test_meshes_constraints_and_batches_on_eight_devices():
+def test_meshes_constraints_and_batches_on_eight_devices(xla_flags):
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": xla_flags(8),
     }
     command = [sys.executable, "-c", ON_EIGHT_DEVICES]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -21,6 +21,7 @@ from expertrag_jax.retrieval.index import make_index, write_index
 from expertrag_jax.retrieval.retriever import tokenize_passages
 from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.expert_rag import ExpertRAG
+from expertrag_jax.train import corpus_digest
 from expertrag_jax.training.checkpoint import Checkpoints
 from expertrag_jax.training.state import TrainState
 from expertrag_jax.vocabulary import Vocabulary, train_vocabulary
@@ -78,7 +79,9 @@ def write_model_dir(path: Path, made, params, vocabularies, index_dir: Path | No
         "task_feature_lengths": LENGTHS,
         "num_passages": NUM_PASSAGES,
         "index_dir": None if index_dir is None else str(index_dir),
-        "digests": {"reader vocabulary": reader.digest, "retriever vocabulary": retriever.digest},
+        "digests": {
+            "reader vocabulary": reader.digest, "retriever vocabulary": retriever.digest, **corpus_digest(index_dir),
+        },
     }
     zero = jnp.zeros((), jnp.int32)
     with Checkpoints(path / "checkpoints") as checkpoints:

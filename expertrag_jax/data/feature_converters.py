@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from expertrag_jax.data.bridge import numpy_map
 from expertrag_jax.data.packing import pack as pack_rows
+from expertrag_jax.errors import UserError
 
 FeatureSpec = seqio.FeatureConverter.FeatureSpec
 
@@ -220,11 +221,14 @@ def converter_for(features: Mapping[str, seqio.Feature], pack: bool = False) -> 
       pack: whether several examples share a row; needs ``inputs`` and ``targets``.
 
     Raises:
-      ValueError: no converter fits.
+      UserError: no converter fits.
     """
     for converter in CONVERTERS:
         if set(converter.TASK_FEATURES) <= set(features):
             if pack and not {"inputs", "targets"} <= set(features):
                 break
             return converter(pack=pack)
-    raise ValueError(f"no feature converter takes the features {sorted(features)} (pack={pack})")
+    raise UserError(
+        f"no feature converter takes the features {sorted(features)} (pack={pack}): name one as feature_converter, as "
+        "seqio.EncDecFeatureConverter()."
+    )

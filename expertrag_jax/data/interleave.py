@@ -18,6 +18,12 @@ from expertrag_jax.errors import UserError
 Batches = Callable[[int], Iterator[Batch]]
 
 
+def check_all(pipelines: Sequence[Batches]) -> None:
+    """Lets each of them that can ``check`` what it will serve do so; raises what the first bad one raises."""
+    for pipeline in pipelines:
+        getattr(pipeline, "check", lambda: None)()
+
+
 def schedule(weights: Sequence[int]) -> np.ndarray:
     """Which pipeline serves each step of a period, spread evenly.
 
@@ -72,6 +78,10 @@ class Interleave:
             yield batch
             step += 1
 
+    def check(self) -> None:
+        """See ``check_all``."""
+        check_all(self.pipelines)
+
 
 def interleave(weighted: Sequence[tuple[Batches, int]]) -> Interleave:
     """Alternates pipelines: ``interleave([(closed_book, 1), (open_book, 3)])``."""
@@ -95,6 +105,10 @@ class Weighted:
         for batch in self.pipeline(start_step):
             weights = batch.decoder_loss_weights * np.float32(self.weight)
             yield dataclasses.replace(batch, decoder_loss_weights=weights)
+
+    def check(self) -> None:
+        """See ``check_all``."""
+        check_all([self.pipeline])
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,3 +151,7 @@ class Curriculum:
             if position != steps:
                 return
             position = 0
+
+    def check(self) -> None:
+        """See ``check_all``."""
+        check_all(self.stages)

@@ -83,6 +83,14 @@ class Pipeline:
         for arrays in batches:
             yield Batch(**{name: array[part] for name, array in arrays.items()})
 
+    def check(self) -> None:
+        """Reads what it serves, the first batch of a stream; raises what ``__call__`` would."""
+        if self.materialise:
+            self._process_slice()
+            self._arrays  # noqa: B018
+        else:
+            next(self(), None)
+
     @functools.cached_property
     def provider(self) -> seqio.Task | seqio.Mixture:
         """The task or mixture.

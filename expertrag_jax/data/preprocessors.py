@@ -14,6 +14,7 @@ An example on its way through a question task:
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ SEPARATOR = "\x1f"  # ASCII's unit separator: no text contains it
 CHUNK = 256  # questions per call of tokeniser and retriever
 
 Lengths = Mapping[str, Any]
+
+_LOG = logging.getLogger(__name__)
 
 
 def in_chunks(ds: tf.data.Dataset, size: int = CHUNK) -> tf.data.Dataset:
@@ -98,13 +101,40 @@ def check_questions(chunk: Mapping[str, tf.Tensor], limits: Mapping[str, int | N
     return dict(zip(names, numpy_map(check, arguments, [tf.TensorSpec([None, None], tf.int32)] * len(names))))
 
 
+def tell_of_cuts(ids: tf.Tensor, lengths: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """Warns, at the first of them, where targets were cut.
+
+    Args:
+      ids: [n]. lengths: [n], tokens of each whole target, EOS included. targets: [n, T] int32, cut.
+
+    Returns:
+      ``targets``.
+    """
+    told = []
+
+    def check(ids: np.ndarray, lengths: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+        cut = lengths > np.count_nonzero(targets, axis=1)
+        if cut.any() and not told:
+            told.append(True)
+            first = int(np.argmax(cut))
+            _LOG.warning(
+                "the answer of example %d has %d tokens, but targets holds %d: it is cut, and so is every longer one; "
+                "raise TASK_FEATURE_LENGTHS['targets'], and MAX_TARGET_LENGTH with it", ids[first], lengths[first],
+                np.count_nonzero(targets[first]),
+            )  # fmt: skip
+        return [targets]
+
+    return numpy_map(check, [ids, lengths, targets], [tf.TensorSpec([None, None], tf.int32)])[0]
+
+
 @dataclasses.dataclass
 class TokeniseQuestions:
     """Chunks gain ``inputs``, ``query`` and ``targets``.
 
     Attributes:
       vocabularies: of reader and retriever.
-      targets: whether there are answers to learn; the first answer is the target, cut to its length.
+      targets: whether there are answers to learn; the first answer is the target, cut to its length, which the log
+        tells of once.
       sequence_length: SeqIO's lengths, filled in by the task.
     """
 
@@ -127,7 +157,8 @@ class TokeniseQuestions:
         if self.targets:
             first = tf.strings.split(chunk["answers"], SEPARATOR)[:, :1].to_tensor(shape=[None, 1])[:, 0]
             limit = length_limit(self.sequence_length, "targets")
-            out["targets"] = with_eos(tokenise(self.vocabularies.reader, first), limit)
+            tokens = tokenise(self.vocabularies.reader, first)
+            out["targets"] = tell_of_cuts(chunk["id"], tokens.row_lengths() + 1, with_eos(tokens, limit))
         return out
 
 

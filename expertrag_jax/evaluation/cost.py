@@ -89,6 +89,7 @@ class SpeedUp:
       avoidable_share: f, from the medians of never and always.
       bound: 1 / (1 - (1-r) f).
       fraction_of_bound: speed_up / bound.
+      rounds: the smallest and largest ratio of always's to the gate's seconds in one round.
       seconds: policy -> the timings that the medians were taken of, in the order in which they ran.
     """
 
@@ -96,6 +97,7 @@ class SpeedUp:
     avoidable_share: float
     bound: float
     fraction_of_bound: float
+    rounds: tuple[float, float]
     seconds: dict[str, list[float]]
 
 
@@ -125,7 +127,9 @@ def summarise_speed_up(
     bound = speed_up_bound(retrieval_rate, avoidable)
     speed_up = median["always"] / median[policy]
     timings = {name: [float(second) for second in values] for name, values in seconds.items()}
-    return SpeedUp(speed_up, avoidable, bound, speed_up / bound, timings)
+    ratios = np.divide(timings["always"], timings[policy])
+    rounds = float(ratios.min()), float(ratios.max())
+    return SpeedUp(speed_up, avoidable, bound, speed_up / bound, rounds, timings)
 
 
 def latency_percentiles(seconds: Any) -> tuple[float, float]:

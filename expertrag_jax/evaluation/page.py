@@ -215,7 +215,8 @@ def _speed(edition: Mapping[str, Any]) -> str:
         f"<p>Skipping retrieval saves at most f = {percent(speed['avoidable_share'])} of a question's cost,"
         f" so at a retrieval rate of {percent(rate)} at most a factor 1/(1−(1−r)f) = {speed['bound']:.2f};"
         f" {speed['speed_up']:.2f} was measured, {percent(speed['fraction_of_bound'])} of it"
-        f" (medians of {runs} runs, policies in turn).</p>"
+        f" (medians of {runs} runs, policies in turn; single rounds gave {speed['rounds'][0]:.2f} to"
+        f" {speed['rounds'][1]:.2f}).</p>"
     )
 
 

@@ -75,7 +75,8 @@ class EditionResult:
       threshold: the gate's, on p_ret.
       num_passages: K, passages read by a question that retrieves.
       retriever_recall: R@K, fraction of questions with a gold passage among the K.
-      speed_up: from interleaved timings.
+      speed_up: from interleaved timings. differing: answers of real runs that were not those of the arms; None where
+        none was run.
       description: one sentence for the reader of the report.
     """
 
@@ -89,6 +90,7 @@ class EditionResult:
     num_passages: int | None = None
     retriever_recall: float = math.nan
     speed_up: SpeedUp | None = None
+    differing: int | None = None
     description: str = ""
 
 
@@ -206,6 +208,8 @@ def _edition(name: str, result: EditionResult, seed: int, replicates: int) -> di
     }
     if result.speed_up:
         edition["speed_up"] = dataclasses.asdict(result.speed_up)
+    if result.differing is not None:
+        edition["answers_changed_by_splitting"] = result.differing
     return edition
 
 

@@ -86,7 +86,8 @@ def _gate_line(edition: Mapping[str, Any]) -> str:
     if speed := edition.get("speed_up"):
         parts.append(
             f"avoidable share f {percent(speed['avoidable_share'])}, bound {speed['bound']:.2f}x,"
-            f" measured {speed['speed_up']:.2f}x ({percent(speed['fraction_of_bound'])} of it)"
+            f" measured {speed['speed_up']:.2f}x ({percent(speed['fraction_of_bound'])} of it;"
+            f" rounds from {speed['rounds'][0]:.2f}x to {speed['rounds'][1]:.2f}x)"
         )
     return ", ".join(parts)
 

@@ -73,6 +73,7 @@ def train(
     hang_abort: bool = False,
     profile_steps: str | None = None,
     started: float | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> TrainState:
     """Trains a system through its phases; a MODEL_DIR with a checkpoint is resumed from the newest one.
 
@@ -82,7 +83,8 @@ def train(
     Args:
       system: see ``systems.system.System``.
       datasets: phase name -> ``(start_step) -> iterator`` of this process's rows, any pytree of arrays with a
-        leading batch axis; batches of a phase may have several shapes.
+        leading batch axis; batches of a phase may have several shapes. One with a method ``check()`` is asked, before
+        the first step, whether it can serve.
       model_dir: new, empty, or a model directory.
       mesh: default: all devices on the axis ``data``. rules: parameters' logical axes -> mesh axes.
       phases: default: the system's.
@@ -95,11 +97,12 @@ def train(
       asynchronous_checkpoints: written while training goes on; see ``checkpoint.Checkpoints``.
       early_stopping: ends the run by what the hooks measure; None: it goes on to the last step.
       initial_checkpoint: for a run that starts: see ``pretrained.start_from``.
-      metadata: JSON for the checkpoint; what stands in ``metadata["digests"]`` (vocabularies) must be the
-        same when the run is resumed.
+      metadata: JSON for the checkpoint; what stands in ``metadata["digests"]`` (vocabularies, corpus) must be
+        the same when the run is resumed.
       progress: called with each record that is logged.
       hang_seconds, hang_abort: see ``hang.Watchdog``. profile_steps: see ``profile.Profile``. started: see
         ``goodput.Goodput``.
+      begin: called when the state and the data are known to be good, before the first step.
     Returns:
       The state after the last phase.
     Raises:
@@ -126,6 +129,10 @@ def train(
                 params = layout.initial_params(system, seed)
                 params = start_from(initial_checkpoint, params) if initial_checkpoint else params
                 state = phases_lib.enter(params, 0, 0, phases[0], layout)
+        with telemetry.lost("data", doing="first batch"):
+            phases_lib.check_data(phases[int(state.phase) :], datasets)
+        if begin is not None:
+            begin()
         telemetry.resume(int(state.step))
         run = Run(
             phases, datasets, layout, checkpoints, telemetry, interruption, Watch(model_dir / LOGS), profile,

@@ -101,8 +101,8 @@ def adafactor(
 ) -> Scheduled:
     """Adafactor (arXiv:1804.04235) with T5's settings: no momentum, factored second moments.
 
-    Scanned layers are updated as unrolled ones: each has its own root mean squares, as in T5X. (Their second moments are
-    apart in any case, while there are fewer layers than ``min_dim_size_to_factor``.)
+    Scanned layers are updated as unrolled ones: each has its own root mean squares, as in T5X. (Their second moments
+    are apart in any case, while there are fewer layers than ``min_dim_size_to_factor``.)
 
     Args:
       learning_rate: a number or a schedule of the phase's step; None is ``factors_schedule()``. With

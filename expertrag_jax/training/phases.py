@@ -33,6 +33,13 @@ def check(phases: Sequence[Phase], datasets: Mapping[str, Callable], params: Any
         parameters.trainable_names(params, phase.trainable)
 
 
+def check_data(phases: Sequence[Phase], datasets: Mapping[str, Callable]) -> None:
+    """Lets each phase's data set that has a ``check`` read what it serves: the first phase is not trained in vain."""
+    for phase in phases:
+        if phase.steps:
+            getattr(datasets[phase.name], "check", lambda: None)()
+
+
 def check_steps(phases: Sequence[Phase]) -> None:
     """UserError where a phase's steps are no whole number from 0."""
     for phase in phases:

@@ -76,6 +76,17 @@ def test_steps_that_do_not_fit_the_stages_are_refused(steps):
         Curriculum([], steps)
 
 
+def test_all_that_can_check_itself_is_checked():
+    class Checked:
+        def __init__(self, name):
+            self.check = lambda: checked.append(name)
+
+    checked, plain = [], counting("plain")
+    turns = interleave([(Checked("a"), 1), (plain, 1)])
+    Curriculum([Weighted(Checked("b"), 2.0), turns], [3, None]).check()
+    assert checked == ["b", "a"]
+
+
 def test_weights_scale_the_targets_of_every_batch():
     def pipeline(start_step=0):
         for step in range(start_step, 3):

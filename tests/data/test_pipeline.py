@@ -197,9 +197,22 @@ def test_errors_name_what_is_wrong(questions, retriever):
     for materialise in (True, False):
         with pytest.raises(UserError, match=r"question of example 117 has \d+ tokens, but inputs holds 24"):
             list(make(questions.task(records=long), repeat=False, materialise=materialise)(0))
+        with pytest.raises(UserError, match="question of example 117"):
+            make(questions.task(records=long[:18]), repeat=False, shuffle=False, materialise=materialise).check()
+        make(questions.task(), materialise=materialise).check()
     mode = {"retriever": retriever, "policy": policy.Learned()}
     with pytest.raises(UserError, match="Learned needs p_ret"):
         next(make(questions.task("decided", **mode))(0))
+
+
+def test_a_target_that_is_cut_is_told_of_once(questions, caplog):
+    lengths = {"inputs": 24, "targets": 40, "query": 24}
+    list(make(questions.task(), lengths=lengths, repeat=False)(0))
+    assert not caplog.records
+    lengths["targets"] = 2
+    batches = list(make(questions.task(), lengths=lengths, repeat=False)(0))
+    assert len(caplog.records) == 1 and "tokens, but targets holds 2: it is cut" in caplog.text
+    assert {tuple(np.flatnonzero(row == 1)) for b in batches for row in b.decoder_target_tokens if row.any()} == {(1,)}
 
 
 def test_stock_seqio_converters_work_too(questions):

@@ -56,11 +56,11 @@ POLICY_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, xla_flags):
     directory = tmp_path_factory.mktemp("almanac")
     arguments = ["--gin_file=runs/almanac.gin", f"--gin.MODEL_DIR={directory}", "--gin.TRAIN_STEPS=45"]
     bindings = [f"--gin_bindings={line}" for line in SMALL]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}  # one device, as a user's laptop has
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu"}  # one device, as a laptop has
     command = [sys.executable, "-m", "expertrag_jax.demo", *arguments, *bindings]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -58,7 +58,7 @@ def run_job(commands, environment, folder, timeout=TIMEOUT):
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
+def environment(tmp_path_factory, xla_flags):
     """``environment(devices)`` of a process; programs are compiled once for all jobs of the same layout."""
     cache = tmp_path_factory.mktemp("compiled")
 
@@ -66,7 +66,7 @@ def environment(tmp_path_factory):
         return os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -38,15 +38,14 @@ def toy():
 
 
 @pytest.fixture(scope="session")
-def run_python():
+def run_python(xla_flags):
     """``run_python(*arguments, devices=1)``: Python with the package on its path and so many CPU devices."""
 
     def run(*arguments, devices=1, timeout=120):
-        flags = "--xla_cpu_multi_thread_eigen=false"
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
         }
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

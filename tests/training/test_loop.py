@@ -218,6 +218,18 @@ def test_messages_before_anything_is_computed(run, toy):
         run(phases=(loop.Phase("body", 1, toy.loss, optimizer, ("(",)),))
 
 
+def test_data_of_all_phases_are_checked_first(run, toy, tmp_path):
+    class Bad:
+        def __call__(self, start):
+            raise AssertionError("it is not asked for batches")
+
+        def check(self):
+            raise UserError("the file is gone")
+
+    with pytest.raises(UserError, match="the file is gone"):
+        run(datasets={"body": toy.data, "head": Bad()})
+
+
 def test_data_that_ends_too_early_is_an_error(run, toy):
     with pytest.raises(UserError, match="'body' ended before step 3 of 4"):
         run(data=lambda start: iter([toy.rows(0, 8), toy.rows(1, 8)][start:]))

@@ -106,7 +106,7 @@ def test_adafactor_updates_scanned_layers_as_unrolled_ones():
 
 
 def test_adafactor_of_unrolled_layers_is_optax_s():
-    p = {"layers_0/mlp/wi/kernel": jax.random.normal(jax.random.key(1), (130, 140)), "token_embedder": jnp.zeros((3, 2))}
+    p = {"layers_0/mlp/wi/kernel": jax.random.normal(jax.random.key(1), (130, 140)), "embedding": jnp.zeros((3, 2))}
     ours, theirs = optimizer.adafactor(0.1, weight_decay=0.01), optax.adafactor(0.1, weight_decay_rate=0.01)
     g = jax.tree.map(lambda x: jnp.cos(x) * 3, p)
     (found, state), (expected, other) = (rule.update(g, rule.init(p), p) for rule in (ours, theirs))
