@@ -43,6 +43,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "examples/wikipedia_qa.gin": (
         "index --gin_file=examples/wikipedia_qa.gin --gin.CORPUS=c --gin.TUNE_QUESTIONS=g",
         "train --gin_file=examples/wikipedia_qa.gin --gin.QUESTIONS=q --gin.GATE_QUESTIONS=g",
+        *(f"{job} --gin_file=examples/wikipedia_qa.gin --questions=q" for job in ("calibrate", "evaluate", "infer")),
+        "export --gin_file=examples/wikipedia_qa.gin",
     ),
     "examples/wikipedia_retriever.gin": (),
     "gates/always.gin": (decided("gates/always.gin"),),
@@ -68,6 +70,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "retrieval/scann.gin": (f"{INDEX} --gin_file=retrieval/scann.gin --gin.RETRIEVER=r",),
     "runs/almanac.gin": (),
     "runs/almanac_100k.gin": (),
+    "runs/calibrate.gin": (),
     "runs/evaluate.gin": (),
     "runs/export.gin": (),
     "runs/index.gin": (),
