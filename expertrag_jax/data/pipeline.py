@@ -51,8 +51,9 @@ class Pipeline:
       feature_converter: a ``seqio.FeatureConverter`` giving Batch fields; None chooses by the task's
         features.
       materialise: read the task once into memory as padded arrays and batch in numpy; preprocessing
-        (retrieval included) then happens once. False streams through tf.data: any size, shuffled within
-        SeqIO's buffer, and resuming replays the stream up to the step.
+        (retrieval included) then happens once in each process, which gathers its own rows of a batch. False
+        streams through tf.data: any size, shuffled within SeqIO's buffer, every process prepares the whole
+        batch, and resuming replays the stream up to the step.
       use_cached: read SeqIO's offline cache of the task.
       process_index, process_count: None asks JAX.
     """
@@ -78,10 +79,10 @@ class Pipeline:
           UserError: no such task or split, no examples, an example that does not fit, a batch size that the
             processes do not divide.
         """
-        batches = self._materialised(start_step) if self.materialise else self._streamed(start_step)
         part = self._process_slice()
+        batches = self._materialised(start_step, part) if self.materialise else self._streamed(start_step, part)
         for arrays in batches:
-            yield Batch(**{name: array[part] for name, array in arrays.items()})
+            yield Batch(**arrays)
 
     def check(self) -> None:
         """Reads what it serves, the first batch of a stream; raises what ``__call__`` would."""
@@ -190,7 +191,8 @@ class Pipeline:
         once = {"shuffle": False, "num_epochs": 1, "try_in_mem_cache": False}
         return [_read(self.dataset(task, **once), f"{task.name}/{self.split}") for task in self._sources]
 
-    def _materialised(self, start_step: int) -> Iterator[Arrays]:
+    def _materialised(self, start_step: int, part: slice) -> Iterator[Arrays]:
+        """The rows ``part`` of each global batch; no others are gathered."""
         arrays = self._arrays
         orders = [Order(len(next(iter(a.values()))), self.seed, self.shuffle) for a in arrays]
         mixture = len(arrays) > 1
@@ -202,23 +204,28 @@ class Pipeline:
         mixed = Mixed(tuple(orders), rates, self.seed)
         steps = itertools.count(start_step) if self.repeat else range(start_step, self.steps_per_pass)
         for step in steps:
-            positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            positions = step * self.batch_size + np.arange(part.start, part.stop)
             if mixture:
                 yield _gather_mixed(arrays, *mixed.at(positions))
             elif self.repeat:
                 yield _gather(arrays[0], orders[0].at(positions))
             else:
                 here = orders[0].at(positions[positions < orders[0].count])
-                yield _filled(_gather(arrays[0], here), self.batch_size)
+                yield _filled(_gather(arrays[0], here), len(positions))
 
-    def _streamed(self, start_step: int) -> Iterator[Arrays]:
+    def _streamed(self, start_step: int, part: slice) -> Iterator[Arrays]:
+        """The rows ``part`` of each global batch.
+
+        Every process prepares all rows: what comes before may drop, split and shuffle examples, so that a row's place
+        in the batch is known only when nothing is left to do to it.
+        """
         ds = self.dataset(shuffle=self.shuffle, num_epochs=None if self.repeat else 1)
         ds = ds.batch(self.batch_size).skip(start_step).prefetch(2)
         options = tf.data.Options()
         options.deterministic = True
         with user_errors():
             for arrays in ds.with_options(options).as_numpy_iterator():
-                yield _filled(arrays, self.batch_size)
+                yield {name: array[part] for name, array in _filled(arrays, self.batch_size).items()}
 
 
 def _leave_accelerators_to_jax() -> None:

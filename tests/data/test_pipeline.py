@@ -1,5 +1,6 @@
 """Pipelines: contents against a plain-Python reading of the records, order, resuming, errors."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import seqio
 
 from expertrag_jax import evidence
+from expertrag_jax.data import pipeline as pipeline_module
+from expertrag_jax.data.order import Order
 from expertrag_jax.data.pipeline import Pipeline
 from expertrag_jax.data.question_tasks import register
 from expertrag_jax.errors import UserError
@@ -69,18 +72,84 @@ def test_resuming_gives_the_same_batches(questions, materialise):
         assert set(seen) == {r["id"] for r in questions.records}
 
 
-@pytest.mark.parametrize("materialise", [True, False])
-def test_processes_hold_slices_of_the_global_batch(questions, materialise):
-    whole = next(make(questions.task(), materialise=materialise)(2))
-    parts = [
-        next(make(questions.task(), materialise=materialise, process_index=i, process_count=4)(2))
-        for i in range(4)
-    ]
-    for field in FIELDS:
-        joined = np.concatenate([getattr(part, field) for part in parts])
-        np.testing.assert_array_equal(joined, getattr(whole, field))
+def mixture_of(questions):
+    """Two tasks, 3 to 1; ids under 1,000 are the first's."""
+    for name, first in (("mixed_a", 0), ("mixed_b", 1000)):
+        if name not in seqio.TaskRegistry.names():
+            records = [r | {"id": first + i} for i, r in enumerate(questions.records)]
+            register(questions.task(name=name, records=records))
+    return seqio.Mixture("mixed", [("mixed_a", 3), ("mixed_b", 1)])
+
+
+def processes(pipeline, count):
+    """The pipelines of ``count`` processes; what this one has read already, they have too."""
+    pipelines = [copy.copy(pipeline) for _ in range(count)]
+    for index, each in enumerate(pipelines):
+        each.process_index, each.process_count = index, count
+    return pipelines
+
+
+ORDERS = {  # options, and the batches of 8 that are looked at: of 37 examples, so a pass ends inside a batch
+    "shuffled": ({}, 12),
+    "unshuffled": ({"shuffle": False}, 12),
+    "one pass": ({"repeat": False}, 5),
+    "mixture": ({}, 140),  # more than a block
+    "one streamed pass": ({"repeat": False, "materialise": False}, 5),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_slices_of_the_processes_make_up_every_global_batch(questions, kind):
+    options, length = ORDERS[kind]
+    pipeline = make(mixture_of(questions) if kind == "mixture" else questions.task(), **options)
+    whole = list(itertools.islice(pipeline(0), length))
+    assert len(whole) == length
+    if kind in ("shuffled", "unshuffled"):
+        ids = np.concatenate([batch.example_ids for batch in whole])
+        np.testing.assert_array_equal(ids, 100 + Order(37, 0, kind == "shuffled").at(np.arange(8 * length)))
+    for count in (1, 2, 4):
+        parts = [part(0) for part in processes(pipeline, count)]
+        for batch in whole:
+            slices = [next(part) for part in parts]
+            assert all(part.size == 8 // count for part in slices)
+            for field in FIELDS:
+                joined = np.concatenate([getattr(part, field) for part in slices])
+                np.testing.assert_array_equal(joined, getattr(batch, field), err_msg=f"{count} {field}")
+        if not pipeline.repeat:
+            assert [next(part, None) for part in parts] == [None] * count
+
+
+def test_any_number_of_processes_goes_on_at_any_step(questions):
+    pipeline = make(questions.task())
+    whole = list(itertools.islice(pipeline(0), 8))
+    for count, start in ((4, 3), (2, 7)):
+        parts = [next(part(start)) for part in processes(pipeline, count)]
+        joined = np.concatenate([part.example_ids for part in parts])
+        np.testing.assert_array_equal(joined, whole[start].example_ids)
     with pytest.raises(UserError, match="not a multiple of the 3 processes"):
-        next(make(questions.task(), process_index=0, process_count=3)(0))
+        next(processes(pipeline, 3)[0](0))
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "one pass", "mixture"])
+def test_a_process_gathers_its_own_rows_alone(questions, kind, monkeypatch):
+    gathered = []
+
+    def counted(gather):
+        def run(*arguments):
+            gathered.append(len(arguments[-1]))  # the rows
+            return gather(*arguments)
+
+        return run
+
+    for name in ("_gather", "_gather_mixed"):
+        monkeypatch.setattr(pipeline_module, name, counted(getattr(pipeline_module, name)))
+    pipeline = make(mixture_of(questions) if kind == "mixture" else questions.task(), **ORDERS[kind][0])
+    assert next(pipeline(0)).size == gathered.pop() == 8
+    for index, part in enumerate(processes(pipeline, 4)):
+        gathered.clear()
+        assert len(list(itertools.islice(part(0), 5))) == 5
+        last = (2, 2, 1, 0)[index] if kind == "one pass" else 2  # of 37 examples the fifth batch holds 5
+        assert gathered == [2, 2, 2, 2, last]
 
 
 def test_both_arms_have_passages_for_every_row(questions, retriever, vocabulary):
@@ -172,10 +241,7 @@ def test_packing_makes_a_skip_save_rows(questions, retriever):
 
 
 def test_a_mixture_draws_by_rate(questions):
-    for name, first in (("mixed_a", 0), ("mixed_b", 1000)):
-        records = [r | {"id": first + i} for i, r in enumerate(questions.records)]
-        register(questions.task(name=name, records=records))
-    mixture = seqio.Mixture("mixed", [("mixed_a", 3), ("mixed_b", 1)])
+    mixture = mixture_of(questions)
     pipeline = make(mixture, batch_size=64)
     ids = np.concatenate([batch.example_ids for batch in itertools.islice(pipeline(0), 16)])
     assert (ids < 1000).sum() == 768

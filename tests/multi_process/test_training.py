@@ -1,5 +1,6 @@
-"""Training by several processes, eight devices in all: the same losses, checkpoints for any layout, and whatever
-happens to one of the processes, all end and the next start goes on bit for bit."""
+"""Training by several processes, eight devices in all, dense and with experts that lie on all of them: the same losses,
+checkpoints for any layout, and whatever happens to one of the processes, all end and the next start goes on bit for
+bit."""
 
 import json
 import shutil
@@ -11,15 +12,22 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+import switch  # noqa: E402
 import worker  # noqa: E402
 
 from expertrag_jax import partitioning  # noqa: E402
+from expertrag_jax.moe.layer import EXACT_CAPACITY_FACTOR  # noqa: E402
+
+
+def logged(model_dir, *names):
+    """{step: the values of these names} of the records that have them."""
+    lines = (model_dir / "logs" / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if names[0] in record]
+    return {record["step"]: tuple(record[name] for name in names) for record in records}
 
 
 def losses(model_dir):
-    """{step: (loss, load)} of the log."""
-    lines = (model_dir / "logs" / "metrics.jsonl").read_text().splitlines()
-    return {record["step"]: (record["loss"], record["load"]) for record in map(json.loads, lines)}
+    return logged(model_dir, "loss", "load")
 
 
 def final(model_dir):
@@ -45,21 +53,22 @@ def one(tmp_path_factory, fast_compile):
     return model_dir
 
 
-def finished(train, folder, count):
+def finished(train, folder, count, *arguments):
+    """Trains the dense system in ``model``, and the sparse one beside it."""
     model_dir = folder / "model"
-    ended = train(model_dir, count)
+    ended = train(model_dir, count, *arguments)
     assert [process.returncode for process in ended] == [0] * count, ended
     return model_dir
 
 
 @pytest.fixture(scope="module")
 def two_by_four(train, tmp_path_factory):
-    return finished(train, tmp_path_factory.mktemp("two"), 2)
+    return finished(train, tmp_path_factory.mktemp("two"), 2, "--experts=expert8", "--measured")
 
 
 @pytest.fixture(scope="module")
 def four_by_two(train, tmp_path_factory):
-    return finished(train, tmp_path_factory.mktemp("four"), 4)
+    return finished(train, tmp_path_factory.mktemp("four"), 4, "--experts=expert8", "--experts=data2_expert4")
 
 
 @pytest.mark.parametrize("layout", ["two_by_four", "four_by_two"])
@@ -82,6 +91,45 @@ def test_a_checkpoint_of_4x2_is_restored_exactly_by_2x4_1x8_and_1x1(four_by_two,
     assert_same_bits(worker.whole(worker.run(tmp_path / "1x8")), expected)
     alone = partitioning.make_mesh(devices=jax.devices()[:1])
     assert_same_bits(worker.whole(worker.run(tmp_path / "1x1", alone)), expected)
+
+
+@pytest.fixture(scope="module")
+def one_with_experts(tmp_path_factory, fast_compile):
+    """The sparse system in one process with eight devices, on the mesh expert=8."""
+    model_dir = tmp_path_factory.mktemp("one_with_experts")
+    switch.run(model_dir, "expert8", measured=True)
+    return model_dir
+
+
+@pytest.mark.parametrize(
+    "layout,mesh", [("two_by_four", "expert8"), ("four_by_two", "expert8"), ("four_by_two", "data2_expert4")]
+)
+def test_experts_of_several_processes_give_the_losses_of_one(one_with_experts, layout, mesh, request):
+    names = ("loss", "router/balance_loss", "router/dropped")
+    expected = logged(one_with_experts, *names)
+    found = logged(request.getfixturevalue(layout).with_name(mesh), *names)
+    assert list(found) == list(expected) == [1, 2, 3, 4]
+    for step, values in expected.items():
+        assert values[2] > 0.1, step
+        assert found[step] == pytest.approx(values, rel=1e-5), step
+
+
+def test_several_processes_evaluate_without_drops_as_one(one_with_experts, two_by_four):
+    names = ("eval/loss", "eval/fullest", "eval/router/dropped")
+    expected, found = logged(one_with_experts, *names), logged(two_by_four.with_name("expert8"), *names)
+    assert list(found) == list(expected) == [2, 4]
+    for step, (loss, fullest, dropped) in expected.items():
+        assert fullest > EXACT_CAPACITY_FACTOR and dropped == 0, step  # the slow path, which all devices take together
+        assert found[step] == pytest.approx((loss, fullest, dropped), rel=1e-5), step
+
+
+def test_experts_of_4_processes_are_restored_exactly_by_one(four_by_two, tmp_path, fast_compile):
+    model_dir = four_by_two.with_name("expert8")
+    written = [list(model_dir.glob(f"checkpoints/4/state/ocdbt.process_{index}/d/*")) for index in range(4)]
+    assert all(written)  # each process its experts
+    for mesh in switch.MESHES:  # a run that has ended restores its last checkpoint and trains no step
+        shutil.copytree(model_dir, tmp_path / mesh)
+        assert_same_bits(worker.whole(switch.run(tmp_path / mesh, mesh)), final(model_dir))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """One of several processes that train the toy system: ``python worker.py MODEL_DIR --count 2 --index 0 --address ...``.
 
 The mesh is data=4 x fsdp=2 whichever way the eight devices lie. Process 0 leaves ``logs/final.npz``: every leaf of the
-final state, whole.
+final state, whole. ``--experts MESH`` trains the sparse system of ``switch.py`` too, beside MODEL_DIR: that costs less
+than processes of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import switch
 from jax.experimental import multihost_utils
 
 from expertrag_jax import launch, partitioning, processes
@@ -64,9 +66,18 @@ def whole(state) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+def leave(model_dir: Path, state) -> None:
+    """Writes the whole state to ``logs/final.npz``."""
+    leaves = whole(state)
+    if jax.process_index() == 0:
+        np.savez(model_dir / "logs" / "final.npz", **leaves)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model_dir", type=Path)
+    parser.add_argument("--experts", action="append", default=[], choices=switch.MESHES)
+    parser.add_argument("--measured", action="store_true", help="the sparse system is also evaluated")
     parser.add_argument("--address")
     parser.add_argument("--count", type=int)
     parser.add_argument("--index", type=int)
@@ -83,10 +94,10 @@ def main() -> None:
         os.kill(os.getpid(), getattr(signal, arguments.signal))
         time.sleep(3)  # the runtime looks for a SIGTERM once a second, and the steps left take less
 
-    state = run(arguments.model_dir, at=arguments.signal_at if chosen else None, then=send)
-    leaves = whole(state)
-    if arguments.index == 0:
-        np.savez(arguments.model_dir / "logs" / "final.npz", **leaves)
+    leave(arguments.model_dir, run(arguments.model_dir, at=arguments.signal_at if chosen else None, then=send))
+    for mesh in arguments.experts:
+        folder = arguments.model_dir.with_name(mesh)
+        leave(folder, switch.run(folder, mesh, arguments.measured))
 
 
 if __name__ == "__main__":
