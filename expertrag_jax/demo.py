@@ -43,6 +43,7 @@ from expertrag_jax.training.pretrained import save_parameters
 from expertrag_jax.vocabulary import Vocabulary, train_vocabulary
 from tasks.almanac import AlmanacConfig, World
 from tasks.almanac.builder import prepare
+from tasks.almanac.phrasing import RELATIONS
 from tasks.almanac.read import read_split
 from tasks.almanac_tasks import register_almanac
 
@@ -226,6 +227,8 @@ def generate(run: Demo, world: AlmanacConfig, vocabulary_size: int) -> dict[str,
             sentences += [f"{example['question']} {example['answers'][0]}" for example in questions]
             train_vocabulary(sentences, vocabulary_size, run.vocabulary_path)
         vocabulary = Vocabulary.from_file(run.vocabulary_path)
+        values = {value for relation in RELATIONS for value in relation.values}
+        tokenise_answers(sorted(values), vocabulary, run.lengths["targets"])  # refuses one that is longer
         advance(note=f"{vocabulary.size} pieces")
     return register_almanac(world, run.directory / "world", Vocabularies(run.vocabulary_path))
 

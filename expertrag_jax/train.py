@@ -189,14 +189,17 @@ def corpus_digest(index_dir: str | None) -> dict[str, str]:
 
 
 def check_embeddings(system: System, reader: Vocabulary, retriever: Vocabulary) -> None:
-    """UserError where a vocabulary has more pieces than the system has embeddings."""
+    """UserError where the system has fewer embeddings than its vocabulary has pieces (and DRO passages to name)."""
     towers = getattr(system, "config", None) or getattr(system, "retriever", None)
-    for config, vocabulary in ((getattr(system, "model", None), reader), (towers, retriever)):
+    identifiers = getattr(system, "num_candidates", 0)  # DRO's, behind the pieces
+    readers = [(getattr(system, name, None), reader, identifiers) for name in ("model", "selector")]
+    for config, vocabulary, more in (*readers, (towers, retriever, 0)):
         rows = getattr(config, "vocab_size", None)
-        if rows is not None and rows < vocabulary.size:
+        if rows is not None and rows < vocabulary.size + more:
+            besides = f" and {more} identifiers of passages come behind them" if more else ""
             raise UserError(
-                f"{vocabulary.path} has {vocabulary.size} pieces and the {type(config).__name__} only {rows} "
-                "embeddings: set its vocab_size to at least the number of pieces."
+                f"{vocabulary.path} has {vocabulary.size} pieces{besides}, and the {type(config).__name__} only {rows} "
+                f"embeddings: set its vocab_size (or SENTINELS) to at least {vocabulary.size + more}."
             )
 
 

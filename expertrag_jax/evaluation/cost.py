@@ -1,9 +1,4 @@
-"""What answering costs: encoder tokens, seconds, and the most that skipping retrieval can save.
-
-Tokens are counted where retrieval spends them: in the encoder, which reads the question once and, for a
-question that retrieves, K passages. *Real* tokens are not padding; *padded* tokens are what the hardware
-multiplies.
-"""
+"""What answering costs in seconds, and the most that skipping retrieval can save."""
 
 from __future__ import annotations
 
@@ -12,55 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-
-def encoder_tokens(question_tokens: Any, passage_tokens: Any, retrieve: Any) -> np.ndarray:
-    """Real encoder tokens per question.
-
-    Args:
-      question_tokens: [N, L] int32, 0-padded.
-      passage_tokens: [N, K, P] int32, 0-padded.
-      retrieve: [N] bool.
-
-    Returns:
-      [N] int64.
-    """
-    question = np.count_nonzero(np.asarray(question_tokens), axis=1)
-    evidence = np.count_nonzero(np.asarray(passage_tokens), axis=(1, 2))
-    return question + np.where(np.asarray(retrieve, bool), evidence, 0)
-
-
-def padded_encoder_tokens(
-    retrieve: Any, batch_size: int, question_length: int, evidence_length: int, buckets: Sequence[int]
-) -> float:
-    """Encoder tokens per question, padding included, when batches are split and the retrieving rows fill a
-    bucket.
-
-    Every batch runs ``batch_size`` questions of ``question_length``; its r > 0 retrieving rows are padded to
-    the smallest bucket that holds them, and each row of the bucket reads ``evidence_length`` = K P tokens.
-
-    Args:
-      retrieve: [N] bool, in the order of answering.
-      batch_size: rows per batch; the last batch is padded to it.
-      question_length: L.
-      evidence_length: K P.
-      buckets: numbers of rows that programs exist for; the largest must hold a whole batch.
-
-    Raises:
-      ValueError: no questions, or buckets that do not hold a batch.
-    """
-    retrieve = np.asarray(retrieve, bool)
-    if not len(retrieve):
-        raise ValueError("there are no questions to count tokens for")
-    if max(buckets) < batch_size:
-        raise ValueError(f"the largest bucket, {max(buckets)}, does not hold a batch of {batch_size}")
-    batches = np.array(
-        [retrieve[low : low + batch_size].sum() for low in range(0, len(retrieve), batch_size)]
-    )
-    sizes = np.sort(np.asarray(buckets))
-    rows = np.where(batches > 0, sizes[np.searchsorted(sizes, batches)], 0)
-    total = len(batches) * batch_size * question_length + rows.sum() * evidence_length
-    return float(total / len(retrieve))
 
 
 def avoidable_share(seconds_never: float, seconds_always: float) -> float:

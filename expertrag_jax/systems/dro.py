@@ -35,6 +35,7 @@ from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
 from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
+from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import DecoderCache, Memory
 from expertrag_jax.systems import generator, permutations
 from expertrag_jax.systems.expert_rag import ExpertRAG, Question
@@ -86,6 +87,8 @@ class DRO:
 
     Attributes:
       model: the generator's sizes. selector: the selector's; None: the generator's.
+      retriever: the query encoder's, which is carried for answering over a dense index and never trained; None: the
+        index is lexical.
       num_candidates: n. num_selected: K. num_samples: m. iterations: N.
       online: both steps of EM in each training step. Otherwise the E-step's choices and weights are those of the
         parameters at the iteration's start, which are kept under ``previous/``.
@@ -99,6 +102,7 @@ class DRO:
 
     model: TransformerConfig
     selector: TransformerConfig | None = None
+    retriever: DualEncoderConfig | None = None
     num_candidates: int = 20
     num_selected: int = 5
     num_samples: int = 8
@@ -159,19 +163,28 @@ class DRO:
     # Parameters
 
     def init(self, rng: Array) -> dict:
-        """Generator at the root, ``selector``, and unless ``online`` a copy of both as ``previous``; float32."""
+        """Generator at the root, ``selector``, unless ``online`` a copy of both as ``previous``, and with a
+        ``retriever`` its ``query_encoder``; float32."""
         params = generator.plain(self._boxed(rng))
-        return params if self.online else params | {"previous": jax.tree.map(jnp.array, params)}
+        previous = {} if self.online else {"previous": jax.tree.map(jnp.array, params)}
+        return params | previous | generator.plain(self._query_encoder(rng))
 
     def logical_axes(self) -> dict:
         """The tree of ``init`` with logical axis names."""
-        axes = generator.axes_of(jax.eval_shape(self._boxed, jax.random.PRNGKey(0)))
-        return axes if self.online else axes | {"previous": axes}
+        shapes = (jax.eval_shape(make, jax.random.PRNGKey(0)) for make in (self._boxed, self._query_encoder))
+        trained, carried = map(generator.axes_of, shapes)
+        return trained | ({} if self.online else {"previous": trained}) | carried
 
     def _boxed(self, rng):
         keys = jax.random.split(rng)
         params = dict(generator.initial_parameters(self.model, keys[0]))
         return params | {"selector": generator.initial_parameters(self._selector, keys[1])}
+
+    def _query_encoder(self, rng):
+        if self.retriever is None:
+            return {}
+        tower = Tower(self.retriever).init(jax.random.fold_in(rng, 1), jnp.ones((1, 8), jnp.int32))
+        return {"query_encoder": tower["params"]}
 
     @property
     def _selector(self) -> TransformerConfig:
@@ -339,7 +352,7 @@ class DRO:
     def distance_to_previous(self, params, batch: Batch, rng: Array):
         """Half the squared distance of ``previous`` to the parameters; its gradient is the difference."""
         del rng
-        now = jax.lax.stop_gradient({name: tree for name, tree in params.items() if name != "previous"})
+        now = jax.lax.stop_gradient({name: params[name] for name in params["previous"]})
         squares = jax.tree.map(lambda old, new: jnp.square(old - new).sum(), params["previous"], now)
         loss = 0.5 * sum(jax.tree.leaves(squares))
         count = jnp.asarray(float(batch.size))
@@ -380,6 +393,10 @@ class DRO:
         """Question tokens [B, L] int32 -> Question: the generator without passages."""
         arm = ExpertRAG(model=self.model, max_target_length=self.max_target_length)
         return arm.encode_question(params, question_tokens)
+
+    def query_vectors(self, params, query_tokens: Array) -> Array:
+        """Questions in the retriever's vocabulary [B, Lq] int32 -> [B, D] float32."""
+        return Tower(self.retriever).apply({"params": params["query_encoder"]}, query_tokens)
 
     def decide(self, params, question: Question) -> Array:
         """p_ret [B] float32: it always retrieves."""

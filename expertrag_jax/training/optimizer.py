@@ -32,7 +32,7 @@ class Scheduled(optax.GradientTransformation):
 
 
 def factors_schedule(
-    factors: str = "constant * linear_warmup * rsqrt_decay",
+    factors: str = "constant * rsqrt_decay",
     base_learning_rate: float = 1.0,
     warmup_steps: int = 10000,
     decay_factor: float = 0.5,

@@ -63,10 +63,11 @@ def make_train_step(
             return loss(parameters.join(variables, frozen), batch, rng)
 
         scalar, metrics, gradients = gradients_of(objective, variables, batch, rng, microbatches)
+        gradients, load_errors = balance.take_errors(gradients)
         gradient_norm = optax.global_norm(gradients)
         finite = jnp.isfinite(scalar) & jnp.isfinite(gradient_norm)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, variables)
-        updates = balance.with_bias_steps(updates, gradients)
+        updates = balance.with_bias_steps(updates, load_errors)
         updated = optax.apply_updates(variables, updates)
         new_state = TrainState(
             step=state.step + 1,

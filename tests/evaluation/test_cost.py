@@ -6,30 +6,6 @@ import pytest
 from expertrag_jax.evaluation import cost
 
 
-def test_real_tokens_equal_a_loop():
-    rng = np.random.default_rng(0)
-    question = rng.integers(0, 3, (5, 4))
-    passages = rng.integers(0, 3, (5, 2, 6))
-    retrieve = np.array([True, False, True, True, False])
-    expected = [
-        sum(t != 0 for t in question[i]) + (sum(t != 0 for p in passages[i] for t in p) if retrieve[i] else 0)
-        for i in range(5)
-    ]
-    assert cost.encoder_tokens(question, passages, retrieve).tolist() == expected
-
-
-def test_padded_tokens_fill_buckets_batch_by_batch():
-    retrieve = (
-        [True, True, True, False] + [False] * 4 + [True, False]
-    )  # 3 of 4, 0 of 4, 1 of the last batch's 2
-    got = cost.padded_encoder_tokens(retrieve, 4, question_length=10, evidence_length=100, buckets=[4, 1, 2])
-    assert got == pytest.approx((3 * 4 * 10 + (4 + 0 + 1) * 100) / 10)
-    with pytest.raises(ValueError, match="does not hold"):
-        cost.padded_encoder_tokens(retrieve, 8, 10, 100, [4])
-    with pytest.raises(ValueError, match="no questions"):
-        cost.padded_encoder_tokens([], 8, 10, 100, [8])
-
-
 def test_the_bound_is_reached_by_a_free_gate():
     never, always, rate = 2.0, 10.0, 0.4
     free_gate = rate * always + (1 - rate) * never

@@ -12,7 +12,10 @@ from expertrag_jax.training.state import Layout, TrainState
 MESHES = [{"data": 8}, {"fsdp": 8}, {"expert": 8}, {"data": 2, "tensor": 4}, {"data": 2, "expert": 4}]
 
 
-def train(tiny, axes, steps=1):
+STEPS = 3
+
+
+def train(tiny, axes, steps):
     """Loss and gradient norm of SGD steps on open-book batches, and the parameters behind them."""
     system = tiny.system({"num_selected_experts": 2, "train_expert_capacity_factor": 1.0})
     count = int(np.prod(list(axes.values())))
@@ -42,13 +45,13 @@ def start(tiny):
 @pytest.fixture(scope="module")
 def one_device(tiny):
     """``train`` on one device, the reference."""
-    return train(tiny, {"data": 1})
+    return train(tiny, {"data": 1}, STEPS)
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_losses_and_parameters_are_those_of_one_device(axes, tiny, one_device):
     losses, params, dropped = one_device
-    sharded_losses, sharded_params, sharded_dropped = train(tiny, axes)
+    sharded_losses, sharded_params, sharded_dropped = train(tiny, axes, STEPS)
     assert dropped > 0  # capacity binds, so groups must be the same on every mesh
     np.testing.assert_allclose(sharded_dropped, dropped, rtol=1e-4)
     np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
