@@ -105,7 +105,7 @@ class Measuring:
     rounds: int = 5
     latency_questions: int = 60
     exported_questions: int = 256
-    buckets: tuple[int, ...] = (1, 8, 16, 32, 64)
+    buckets: tuple[int, ...] = (1, 32, 64)
 
 
 @dataclasses.dataclass
@@ -297,7 +297,8 @@ def run_training(run: Demo, title, folder, system, datasets, stages=None, initia
 def train_gate(run: Demo, world: AlmanacConfig) -> Service:
     """Measures both arms on the gate's questions, trains on them, calibrates on validation; the finished service."""
     prepared = run.directory / "gate_start"
-    reader = service_from_model(open_model(run.directory / "generator"), "gate", run.index_dir("1"))
+    generator = open_model(run.directory / "generator", buckets=run.measuring.buckets)
+    reader = service_from_model(generator, "gate", run.index_dir("1"))
     records = read_split(world, run.directory / "world", "gate")
     questions = reader.tokenise([record["question"] for record in records])
     vocabulary = Vocabulary.from_file(run.vocabulary_path)

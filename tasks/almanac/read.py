@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 
+import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from tasks.almanac.builder import prepare
 from tasks.almanac.config import AlmanacConfig
 
+_FIELDS = {
+    "id": int, "question": bytes.decode, "answers": lambda joined: joined.decode().split(_SEPARATOR), "relation": int,
+    "entity": int, "stratum": bytes.decode, "asked": int, "weight": float, "changed": int,
+}  # fmt: skip
+_SEPARATOR = "\x1f"  # ASCII's unit separator: no text contains it
+_BATCH = 4096  # examples fetched at a time: one by one takes ten times as long
+
 
 def read_split(config: AlmanacConfig, data_dir: str | os.PathLike, split: str) -> list[dict]:
     """All examples of a split, in its order, with plain Python values; passages are left out."""
     builder = prepare(config, data_dir, progress=False)
-    return [_plain(example) for example in tfds.as_numpy(builder.as_dataset(split=split))]
+    wanted = tfds.decode.PartialDecoding(dict.fromkeys(_FIELDS, True))
+    examples = builder.as_dataset(split=split, decoders=wanted).map(_with_joined_answers).batch(_BATCH)
+    return [example for batch in tfds.as_numpy(examples) for example in _plain(batch)]
 
 
-def _plain(example: dict) -> dict:
-    return {
-        "id": int(example["id"]),
-        "question": example["question"].decode(),
-        "answers": [answer.decode() for answer in example["answers"]],
-        "relation": int(example["relation"]),
-        "entity": int(example["entity"]),
-        "stratum": example["stratum"].decode(),
-        "asked": int(example["asked"]),
-        "weight": float(example["weight"]),
-        "changed": int(example["changed"]),
-    }
+def _with_joined_answers(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    return dict(example) | {"answers": tf.strings.reduce_join(example["answers"], separator=_SEPARATOR)}
+
+
+def _plain(batch: Mapping[str, np.ndarray]) -> Iterator[dict]:
+    for row in zip(*(batch[name] for name in _FIELDS)):
+        yield {name: make(value) for (name, make), value in zip(_FIELDS.items(), row)}
