@@ -58,7 +58,7 @@ def both_arms_batch(answerer: Answerer, questions: Questions, targets: np.ndarra
     return Batch(
         example_ids=pad_rows(questions.ids, rows),
         encoder_input_tokens=tokens,
-        passage_tokens=answerer.assemble(tokens, found.passage_tokens),
+        passage_tokens=answerer.assemble(tokens, pad_rows(found.passage_tokens, rows)),  # a smaller bucket at the end
         decoder_input_tokens=np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
         decoder_target_tokens=targets,
         decoder_loss_weights=(targets > 0).astype(np.float32),
