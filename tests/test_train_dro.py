@@ -3,10 +3,13 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 from expertrag_jax.main import main
 from expertrag_jax.retrieval.corpus import write_passages_tsv
+from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.trained_model import open_model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -39,6 +42,8 @@ def files(tiny, tiny_model, tmp_path_factory):
     (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     index = ("index", "--corpus", folder / "corpus.tsv.gz", "--vocabulary", folder / "vocabulary.model")
     run(*index, "--index_dir", folder / "bm25")
+    params, vocabularies = {"query_encoder": tiny.params["query_encoder"]}, (tiny.vocabulary, tiny.vocabulary)
+    tiny_model.write_model_dir(folder / "retriever", DualEncoder(tiny.system.retriever), params, vocabularies, None)
     return folder
 
 
@@ -68,6 +73,21 @@ def test_dro_trains_in_alternation_and_answers(files, tmp_path):
     assert len(answers) == 15 and {len(answer["passages"]) for answer in answers} == {4}
 
 
-def test_dro_trains_online(files, tmp_path):
-    records = train(files, tmp_path / "model", "--gin.ONLINE=True", "--gin.ITERATIONS=1", "--gin.EVAL_DATASETS=None")
+def test_dro_trains_online_and_answers_over_a_dense_index(files, tiny, tmp_path):
+    retriever = files / "retriever"
+    dense = (
+        f"--gin.INDEX_DIR='{tiny.index_dir}'", f"--gin.RETRIEVER='{retriever}'",
+        "--gin.QUERY_ENCODER=@dual_encoder.DualEncoderConfig()",
+        f"--gin.INITIAL_CHECKPOINT_PATH={{'query_encoder': '{retriever}'}}",
+        *(f"--gin.dual_encoder.DualEncoderConfig.{size}" for size in ("embed_dim=16", "output_dim=12")),
+        f"--gin.dual_encoder.DualEncoderConfig.vocab_size={tiny.vocabulary.size}",
+    )  # fmt: skip
+    online = ("--gin.ONLINE=True", "--gin.ITERATIONS=1", "--gin.EVAL_DATASETS=None")
+    records = train(files, tmp_path / "model", *online, *dense)
     assert [record["phase"] for record in records] == ["warm_generator"] * 2 + ["warm_selector"] * 2 + ["online"] * 2
+    carried = open_model(tmp_path / "model").params["query_encoder"]
+    jax.tree.map(np.testing.assert_array_equal, dict(carried), dict(tiny.params["query_encoder"]))
+    asked = ("--questions", files / "questions.jsonl", "--output", tmp_path / "answers.jsonl")
+    run("infer", "--model_dir", tmp_path / "model", *asked, "--buckets=4")
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 15 and {len(answer["passages"]) for answer in answers} == {4}
