@@ -57,7 +57,8 @@ def export(
       What the export says about itself.
 
     Raises:
-      UserError: the model, the index or a platform is not there, or something else is at ``export_dir``.
+      UserError: the model, the index or a platform is not there, something else is at ``export_dir``, the system weighs
+        passages (RAG), or the training's index now holds other passages.
     """
     known = (*stablehlo.PLATFORMS, "rocm")
     if not platforms or not set(platforms) <= set(known):

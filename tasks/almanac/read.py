@@ -9,14 +9,14 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from expertrag_jax.data.preprocessors import SEPARATOR
 from tasks.almanac.builder import prepare
 from tasks.almanac.config import AlmanacConfig
 
 _FIELDS = {
-    "id": int, "question": bytes.decode, "answers": lambda joined: joined.decode().split(_SEPARATOR), "relation": int,
+    "id": int, "question": bytes.decode, "answers": lambda joined: joined.decode().split(SEPARATOR), "relation": int,
     "entity": int, "stratum": bytes.decode, "asked": int, "weight": float, "changed": int,
 }  # fmt: skip
-_SEPARATOR = "\x1f"  # ASCII's unit separator: no text contains it
 _BATCH = 4096  # examples fetched at a time: one by one takes ten times as long
 
 
@@ -29,7 +29,7 @@ def read_split(config: AlmanacConfig, data_dir: str | os.PathLike, split: str) -
 
 
 def _with_joined_answers(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    return dict(example) | {"answers": tf.strings.reduce_join(example["answers"], separator=_SEPARATOR)}
+    return dict(example) | {"answers": tf.strings.reduce_join(example["answers"], separator=SEPARATOR)}
 
 
 def _plain(batch: Mapping[str, np.ndarray]) -> Iterator[dict]:
