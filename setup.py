@@ -23,6 +23,7 @@ CORE = [
     "orbax-checkpoint>=0.12.8,<0.13",
     "flatbuffers>=24.3",  # jax.export writes its programs with it
     "numpy>=2.0",
+    "scipy>=1.14",
     "gin-config>=0.5,<0.6",
     "sentencepiece>=0.2.1,<0.3",
     "bm25s>=0.3,<0.4",
@@ -67,7 +68,7 @@ setup(
         "beam": ["apache-beam", "sentencepiece==0.2.1", "google-crc32c"],
         "t5x": ["t5x @ git+https://github.com/google-research/t5x"],  # not on the package index
         "hf": ["transformers>=5,<6", "torch>=2.9"],  # tests beside Hugging Face's RAG; torch for the CPU is enough
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "scipy>=1.14"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["expertrag = expertrag_jax.main:main"]},
 )

@@ -21,7 +21,7 @@ FLAGS = {
     "--checkpoint_path": ("checkpoint_path", "one of the model's checkpoints, in place of the newest"),
     "--index_dir": ("index_dir", "index to search, in place of the training's"),
     "--rule": ("rule", "how answers are scored: squad1, squad2, hotpot or kilt"),
-    "--tolerance": ("tolerance", "accuracy that may be given up for a lower retrieval rate, a fraction"),
+    "--price": ("price", "accuracy that a retrieval must be worth, a fraction, in place of the training's"),
     "--overwrite": ("overwrite", "replace an earlier calibration"),
 }
 MACROS = ("MODEL_DIR", "CHECKPOINT_PATH", "INDEX_DIR")
@@ -34,11 +34,14 @@ def calibrate(
     checkpoint_path: str | None = None,
     index_dir: str | None = None,
     rule: str = "squad1",
-    tolerance: float = 0.003,
+    price: float | None = None,
     overwrite: bool = False,
 ) -> gate_training.Calibration:
     """Fits Platt's line and chooses the threshold; see ``gate_training.calibrate``.
 
+    Args:
+      price: accuracy that one retrieval per question must be worth; None: the RETRIEVAL_COST of the training.
+      rule: how answers are scored. The rest: see the flags.
     Raises:
       UserError: bad input, or an earlier calibration and no ``overwrite``.
     """
@@ -46,13 +49,16 @@ def calibrate(
         raise UserError(f"--rule={rule} is unknown: choose one of {', '.join(SCORERS)}.")
     if (Path(model_dir) / GATE_FILE).exists() and not overwrite:
         raise UserError(f"{Path(model_dir) / GATE_FILE} exists: nothing was overwritten; add --overwrite.")
+    if price is not None and not 0 <= price <= 1:
+        raise UserError(f"--price={price}: the accuracy that a retrieval must be worth is a number from 0 to 1.")
     asked = read_questions(questions, None, "")
     model = open_model(model_dir, checkpoint_path, calibrated=False)
     if "gate" not in model.params:
         raise UserError(f"{model_dir} holds a {type(model.system).__name__}: it has no gate to calibrate.")
     service = service_from_model(model, "gate", index_dir)
     arms = answer_both(service, asked, rule)
-    found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, tolerance)
+    price = model.system.retrieval_cost if price is None else price
+    found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, price)
     path = found.write(model_dir, model.source.name)
     print(
         f"threshold {found.threshold:.4f}: on {found.questions} questions, accuracy {found.accuracy:.4f} at a "

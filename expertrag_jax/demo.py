@@ -318,7 +318,8 @@ def train_gate(run: Demo, world: AlmanacConfig) -> Service:
         records = read_split(world, run.directory / "world", "validation")
         questions = service.tokenise([record["question"] for record in records])
         arms = comparison.run_arms(service.answerer, questions, correctness(records, vocabulary))
-        found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with)
+        price = run.system.retrieval_cost
+        found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, price)
         found.write(run.directory / "model", model.source.name)
         advance(note=f"threshold {found.threshold:.3f}, validation rate {found.retrieval_rate:.2f}")
     model = open_model(run.directory / "model", buckets=run.measuring.buckets)

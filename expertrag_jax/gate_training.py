@@ -127,18 +127,18 @@ class Calibration:
 
 
 def calibrate(
-    p_ret: np.ndarray, correct_without: np.ndarray, correct_with: np.ndarray, tolerance: float = 0.003
+    p_ret: np.ndarray, correct_without: np.ndarray, correct_with: np.ndarray, price: float
 ) -> Calibration:
     """Fits Platt's line and chooses the threshold on N validation questions.
 
     Args:
       p_ret: [N] float32 of an uncalibrated gate. correct_without, correct_with: [N] bool, either arm's answer.
-      tolerance: how much accuracy, against always retrieving, may be given up for a lower retrieval rate.
+      price: accuracy that one retrieval per question must be worth, a fraction; see ``choose_threshold``.
     """
     logit = np.log(np.clip(p_ret, 1e-7, 1 - 1e-7)) - np.log1p(-np.clip(p_ret, 1e-7, 1 - 1e-7))
     scale, bias = calibration.fit_platt(logit, ~correct_without & correct_with)
     calibrated = (1 / (1 + np.exp(-(scale * logit + bias)))).astype(np.float32)
-    choice = calibration.choose_threshold(calibrated, correct_without, correct_with, tolerance=tolerance)
+    choice = calibration.choose_threshold(calibrated, correct_without, correct_with, price)
     return Calibration(
         scale=float(scale),
         bias=float(bias),

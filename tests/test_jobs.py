@@ -402,6 +402,9 @@ def test_calibration_is_written_once(tiny, files, tmp_path, fails):
     assert run(*arguments, "--overwrite") == 0
     first = json.loads((model / "gate.json").read_text())
     assert first["questions"] == 15 and 0 <= first["retrieval_rate"] <= 1
+    assert run(*arguments, "--overwrite", "--price=1") == 0  # no retrieval is worth more than it can gain
+    assert json.loads((model / "gate.json").read_text())["retrieval_rate"] == 0
+    assert "--price=-1.0: the accuracy" in fails(*arguments, "--overwrite", "--price=-1", also=[model])
     assert run(*arguments, "--overwrite") == 0  # starts from the gate as it was trained
     assert json.loads((model / "gate.json").read_text()) == first
     (model / "gate.json").write_text(json.dumps(first | {"checkpoint": "2"}))  # trained further since

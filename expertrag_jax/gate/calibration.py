@@ -6,13 +6,11 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import gaussian_filter1d
 
 from expertrag_jax.evaluation.reliability import expected_calibration_error
 
 __all__ = ["ThresholdChoice", "choose_threshold", "expected_calibration_error", "fit_platt"]
-
-RULES = ("lowest_rate", "utility")
-
 
 def fit_platt(logits: Any, needed: Any, max_steps: int = 100) -> tuple[float, float]:
     """Platt scaling: (scale, bias) such that sigmoid(scale * logit + bias) is the frequency of need.
@@ -83,54 +81,46 @@ class ThresholdChoice:
 
 
 def choose_threshold(
-    p_ret: Any,
-    correct_without: Any,
-    correct_with: Any,
-    rule: str = "lowest_rate",
-    tolerance: float = 0.005,
-    price: float = 0.0,
+    p_ret: Any, correct_without: Any, correct_with: Any, price: float, smoothing: float = 0.03
 ) -> ThresholdChoice:
-    """Cut p_ret on validation questions, looking at every threshold that separates two of them.
+    """Cut p_ret on validation questions where accuracy - price * rate is highest: the gate's own objective.
+
+    Which of a hundred neighbouring questions evidence helps is chance, and the highest of raw sums follows it. So
+    each question's gain (correct with minus correct without) is first replaced by a mean over its neighbours in
+    p_ret: on the almanac the chosen rate then varies between samples half as much (docs/results/almanac.md).
 
     Args:
       p_ret: [N] probabilities of retrieving.
       correct_without, correct_with: [N] bool or scores in [0, 1], the answer without and with evidence.
-      rule: "lowest_rate": the lowest retrieval rate whose accuracy is at least that of always retrieving
-        minus ``tolerance`` (always retrieving itself qualifies, so there is one). "utility": the highest
-        accuracy - price * rate, the lowest rate among equals.
-      tolerance: points of accuracy (fraction) that may be given up, for "lowest_rate".
-      price: accuracy that one retrieval per question must be worth, for "utility".
+      price: accuracy that one retrieval per question must be worth, a fraction.
+      smoothing: standard deviation of the neighbours' Gaussian weights, as a fraction of N; 0: raw gains.
 
     Returns:
-      the choice; its threshold is a float32 between two questions' probabilities, so that it cuts the same in
-      numpy and on an accelerator.
+      the choice, the lowest rate among equals; its threshold is a float32 between two questions' probabilities, so
+      that it cuts the same in numpy and on an accelerator.
 
     Raises:
-      ValueError: an unknown rule, no questions, or shapes that differ.
+      ValueError: no questions, shapes that differ, or a negative smoothing.
     """
     p_ret = np.asarray(p_ret, np.float32)  # the gate's precision: what is equal there is equal here
     without, with_ = np.asarray(correct_without, np.float64), np.asarray(correct_with, np.float64)
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}, it must be one of {RULES}")
     if not len(p_ret) or not p_ret.shape == without.shape == with_.shape:
         raise ValueError(f"shapes {p_ret.shape}, {without.shape}, {with_.shape} must be equal and not empty")
+    if smoothing < 0:
+        raise ValueError(f"smoothing is {smoothing}, it must not be negative")
     order = np.argsort(-p_ret, kind="stable")
-    sorted_p = p_ret[order]
-    retrieved = np.arange(len(p_ret) + 1)
-    accuracy = (without.sum() + np.concatenate([[0], np.cumsum((with_ - without)[order])])) / len(p_ret)
+    sorted_p, gain = p_ret[order], (with_ - without)[order]
+    smooth = gaussian_filter1d(gain, smoothing * len(gain), mode="nearest") if smoothing else gain
+    utility = np.concatenate([[0], np.cumsum(smooth - price)])
     # Equal probabilities retrieve together: a cut between them does not exist.
     possible = np.concatenate([[True], sorted_p[1:] != sorted_p[:-1], [True]])
-    rate = retrieved / len(p_ret)
-    if rule == "lowest_rate":
-        # 1e-12: sums in another order must not turn equal into less.
-        best = np.argmax(possible & (accuracy >= with_.mean() - tolerance - 1e-12))
-    else:
-        utility = np.where(possible, accuracy - price * rate, -np.inf)
-        best = np.argmax(utility >= utility.max() - 1e-12)
+    utility = np.where(possible, utility, -np.inf)
+    # 1e-9: sums in another order must not turn equal into less.
+    retrieved = int(np.argmax(utility >= utility.max() - 1e-9))
     return ThresholdChoice(
-        _cut(sorted_p, int(best)),
-        float(rate[best]),
-        float(accuracy[best]),
+        _cut(sorted_p, retrieved),
+        retrieved / len(p_ret),
+        float((without.sum() + gain[:retrieved].sum()) / len(p_ret)),
         float(with_.mean()),
         float(without.mean()),
     )

@@ -60,46 +60,53 @@ def _brute_choices(p, without, with_):
     return choices
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_lowest_rate_equals_brute_force_with_ties(seed):
-    rng = np.random.default_rng(seed)
-    p = (rng.integers(0, 12, 80) / 11).astype(np.float32)
-    without = rng.random(80) < 1 - p
-    with_ = rng.random(80) < 0.9
-    for tolerance in (0.0, 0.02, 0.1):
-        choice = calibration.choose_threshold(p, without, with_, tolerance=tolerance)
-        allowed = [c for c in _brute_choices(p, without, with_) if c[2] >= with_.mean() - tolerance - 1e-9]
-        rate, accuracy = min((c[1], c[2]) for c in allowed)
-        assert choice.retrieval_rate == pytest.approx(rate) and choice.accuracy == pytest.approx(accuracy)
-        retrieve = p >= np.float32(choice.threshold)
-        assert retrieve.mean() == pytest.approx(rate)
-        assert np.where(retrieve, with_, without).mean() == pytest.approx(accuracy)
-
-
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("price", [0.0, 0.2, 1.0])
-def test_utility_equals_brute_force(price):
-    rng = np.random.default_rng(7)
+def test_threshold_equals_brute_force_with_ties(price, seed):
+    rng = np.random.default_rng(seed)
     p = (rng.integers(0, 20, 100) / 19).astype(np.float32)
     without, with_ = rng.random(100) < 1 - p, rng.random(100) < 0.85
-    choice = calibration.choose_threshold(p, without, with_, rule="utility", price=price)
-    utility = max(accuracy - price * rate for _, rate, accuracy in _brute_choices(p, without, with_))
-    assert choice.accuracy - price * choice.retrieval_rate == pytest.approx(utility)
-    assert (p >= np.float32(choice.threshold)).mean() == pytest.approx(choice.retrieval_rate)
+    choice = calibration.choose_threshold(p, without, with_, price, smoothing=0)
+    best = max(accuracy - price * rate for _, rate, accuracy in _brute_choices(p, without, with_))
+    rate = min(rate for _, rate, accuracy in _brute_choices(p, without, with_) if accuracy - price * rate > best - 1e-9)
+    assert choice.accuracy - price * choice.retrieval_rate == pytest.approx(best)
+    retrieve = p >= np.float32(choice.threshold)
+    assert choice.retrieval_rate == pytest.approx(rate) and retrieve.mean() == pytest.approx(rate)
+    assert np.where(retrieve, with_, without).mean() == pytest.approx(choice.accuracy)
+
+
+def test_smoothing_loses_less_to_chance_than_raw_gains_do():
+    def expected_gain(p):
+        return np.clip(0.6 * (p - 0.25), 0, 1)
+
+    def regret(threshold, price=0.05, grid=np.linspace(0, 1, 2001)):
+        worth = expected_gain(grid) - price
+        return (np.maximum(worth, 0) - np.where(grid >= threshold, worth, 0)).mean()
+
+    lost = {0.0: 0.0, 0.03: 0.0}
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        p = rng.random(1200).astype(np.float32)
+        chance = rng.random(1200)
+        with_, without = chance < 0.98, chance < 0.98 - expected_gain(p)
+        for smoothing in lost:
+            lost[smoothing] += regret(calibration.choose_threshold(p, without, with_, 0.05, smoothing).threshold)
+    assert lost[0.03] < 0.8 * lost[0.0]
 
 
 def test_thresholds_at_both_ends_and_between_neighbouring_floats():
     p = np.array([1.0, 1.0, 0.5], np.float32)
-    never = calibration.choose_threshold(p, [1, 1, 1], [0, 0, 0])
+    never = calibration.choose_threshold(p, [1, 1, 1], [0, 0, 0], price=0.0)
     assert never.retrieval_rate == 0 and not (p >= np.float32(never.threshold)).any()
-    always = calibration.choose_threshold(p, [0, 0, 0], [1, 1, 1], tolerance=0.0)
+    always = calibration.choose_threshold(p, [0, 0, 0], [1, 1, 1], price=0.0)
     assert always.retrieval_rate == 1 and (p >= np.float32(always.threshold)).all()
     near = np.array([np.nextafter(np.float32(0.5), np.float32(1)), 0.5], np.float32)
-    one = calibration.choose_threshold(near, [0, 1], [1, 1], tolerance=0.0)
+    one = calibration.choose_threshold(near, [0, 1], [1, 1], price=0.1)
     assert (near >= np.float32(one.threshold)).tolist() == [True, False]
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="rule"):
-        calibration.choose_threshold([0.5], [1], [1], rule="best")
+    with pytest.raises(ValueError, match="smoothing"):
+        calibration.choose_threshold([0.5], [1], [1], price=0.0, smoothing=-1.0)
     with pytest.raises(ValueError, match="shapes"):
-        calibration.choose_threshold([0.5, 0.6], [1], [1])
+        calibration.choose_threshold([0.5, 0.6], [1], [1], price=0.0)
