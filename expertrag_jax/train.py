@@ -275,7 +275,8 @@ def evaluation_hooks(
         for phase in phases
         if phase.name in eval_datasets
     }
-    return [loop.Hook("eval", period, measure, name) for name, measure in measures.items()]
+    checks = {name: getattr(dataset, "check", lambda: None) for name, dataset in eval_datasets.items()}
+    return [loop.Hook("eval", period, measure, name, checks[name]) for name, measure in measures.items()]
 
 
 def evaluation(

@@ -91,3 +91,11 @@ def test_dro_trains_online_and_answers_over_a_dense_index(files, tiny, tmp_path)
     run("infer", "--model_dir", tmp_path / "model", *asked, "--buckets=4")
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 15 and {len(answer["passages"]) for answer in answers} == {4}
+
+
+def test_bad_evaluation_questions_are_refused_before_the_first_step(files, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"question": "Who?", "answers": ["Ann"]}\n[]\n')
+    with pytest.raises(AssertionError, match="2 == 0"):
+        train(files, tmp_path / "model", f"--gin.EVAL_QUESTIONS='{tmp_path / 'bad.jsonl'}'")
+    printed = capsys.readouterr()
+    assert "bad.jsonl:2: a JSON object is expected" in printed.err and " step 1" not in printed.out

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Dataset = Callable[[int], Iterator[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _From:
+    """A data set whose step 0 is another one's ``start``."""
+
+    dataset: Dataset
+    start: int
+    check: Callable[[], None]
+
+    def __call__(self, step: int = 0) -> Iterator[Any]:
+        return self.dataset(self.start + step)
 
 
 class PhaseData(Mapping):
@@ -22,14 +36,14 @@ class PhaseData(Mapping):
 
     def __init__(self, dataset: Dataset, system: Any, phases: str = ".*", go_on: bool = True):
         self._dataset, self._starts, position = dataset, {}, 0
+        self._check = functools.cache(getattr(dataset, "check", lambda: None))  # once, however many phases ask
         for phase in system.phases:
             if re.fullmatch(phases, phase.name):
                 self._starts[phase.name] = position
                 position += phase.steps if go_on else 0
 
     def __getitem__(self, name: str) -> Dataset:
-        start = self._starts[name]
-        return lambda step: self._dataset(start + step)
+        return _From(self._dataset, self._starts[name], self._check)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._starts)

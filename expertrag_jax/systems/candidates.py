@@ -61,6 +61,10 @@ class WithVectors:
         for batch in self.dataset(start_step):
             yield with_vectors(batch, self.retriever)
 
+    def check(self) -> None:
+        """Lets the data set look whether it can serve."""
+        getattr(self.dataset, "check", lambda: None)()
+
 
 @dataclasses.dataclass(eq=False)
 class Candidates:

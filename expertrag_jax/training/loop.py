@@ -42,12 +42,14 @@ class Hook:
       period: in steps of the run; it also runs after the last step of each phase.
       measure: ``(params, step) -> {metric: number}``.
       phase: only in the phase of this name; None: in all.
+      check: called before the first step; raises where there will be nothing to measure.
     """
 
     name: str
     period: int
     measure: Callable[[Any, int], Mapping[str, float]]
     phase: str | None = None
+    check: Callable[[], None] = lambda: None
 
 
 def train(
@@ -131,6 +133,8 @@ def train(
                 state = phases_lib.enter(params, 0, 0, phases[0], layout)
         with telemetry.lost("data", doing="first batch"):
             phases_lib.check_data(phases[int(state.phase) :], datasets)
+            for hook in hooks:
+                hook.check()
         if begin is not None:
             begin()
         telemetry.resume(int(state.step))

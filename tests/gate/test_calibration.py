@@ -79,8 +79,9 @@ def test_smoothing_loses_less_to_chance_than_raw_gains_do():
     def expected_gain(p):
         return np.clip(0.6 * (p - 0.25), 0, 1)
 
-    def regret(threshold, price=0.05, grid=np.linspace(0, 1, 2001)):
-        worth = expected_gain(grid) - price
+    def regret(threshold):
+        grid = np.linspace(0, 1, 2001)
+        worth = expected_gain(grid) - 0.05
         return (np.maximum(worth, 0) - np.where(grid >= threshold, worth, 0)).mean()
 
     lost = {0.0: 0.0, 0.03: 0.0}
