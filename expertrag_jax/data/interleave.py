@@ -24,6 +24,11 @@ def check_all(pipelines: Sequence[Batches]) -> None:
         getattr(pipeline, "check", lambda: None)()
 
 
+def examples_of(pipelines: Sequence[Batches]) -> list[Batch]:
+    """One batch of each shape that they serve; none of those that do not tell."""
+    return [batch for pipeline in pipelines for batch in getattr(pipeline, "examples", lambda: [])()]
+
+
 def schedule(weights: Sequence[int]) -> np.ndarray:
     """Which pipeline serves each step of a period, spread evenly.
 
@@ -82,6 +87,10 @@ class Interleave:
         """See ``check_all``."""
         check_all(self.pipelines)
 
+    def examples(self, start_step: int = 0) -> list[Batch]:
+        """One batch of each shape."""
+        return examples_of(self.pipelines)
+
 
 def interleave(weighted: Sequence[tuple[Batches, int]]) -> Interleave:
     """Alternates pipelines: ``interleave([(closed_book, 1), (open_book, 3)])``."""
@@ -102,13 +111,19 @@ class Weighted:
 
     def __call__(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from ``start_step`` on."""
-        for batch in self.pipeline(start_step):
-            weights = batch.decoder_loss_weights * np.float32(self.weight)
-            yield dataclasses.replace(batch, decoder_loss_weights=weights)
+        return map(self._weigh, self.pipeline(start_step))
 
     def check(self) -> None:
         """See ``check_all``."""
         check_all([self.pipeline])
+
+    def examples(self, start_step: int = 0) -> list[Batch]:
+        """One batch of each shape."""
+        return [self._weigh(batch) for batch in examples_of([self.pipeline])]
+
+    def _weigh(self, batch: Batch) -> Batch:
+        weights = batch.decoder_loss_weights * np.float32(self.weight)
+        return dataclasses.replace(batch, decoder_loss_weights=weights)
 
 
 @dataclasses.dataclass(eq=False)
@@ -155,3 +170,9 @@ class Curriculum:
     def check(self) -> None:
         """See ``check_all``."""
         check_all(self.stages)
+
+    def examples(self, start_step: int = 0) -> list[Batch]:
+        """One batch of each shape from ``start_step`` on, in the order of the stages."""
+        ends = itertools.accumulate(self.steps[:-1])
+        rest = [stage for stage, end in zip(self.stages, (*ends, None)) if end is None or start_step < end]
+        return examples_of(rest)

@@ -17,6 +17,7 @@ from expertrag_jax.moe.collapse import CollapseAlarm
 from expertrag_jax.systems.description import other_architecture
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import phases as phases_lib
+from expertrag_jax.training.ahead import Ahead, signature
 from expertrag_jax.training.checkpoint import Checkpoints
 from expertrag_jax.training.early_stopping import EarlyStopping, Patience
 from expertrag_jax.training.hang import Watchdog
@@ -86,7 +87,8 @@ def train(
       system: see ``systems.system.System``.
       datasets: phase name -> ``(start_step) -> iterator`` of this process's rows, any pytree of arrays with a
         leading batch axis; batches of a phase may have several shapes. One with a method ``check()`` is asked, before
-        the first step, whether it can serve.
+        the first step, whether it can serve; one with ``examples(start_step)``, for a batch of each shape to come:
+        their programs are compiled while the first ones train.
       model_dir: new, empty, or a model directory.
       mesh: default: all devices on the axis ``data``. rules: parameters' logical axes -> mesh axes.
       phases: default: the system's.
@@ -117,8 +119,8 @@ def train(
     checkpoints = Checkpoints(model_dir / CHECKPOINTS, keep_checkpoints, asynchronous_checkpoints)
     telemetry = Telemetry(model_dir / LOGS, progress, started)
     watchdog = Watchdog(model_dir / LOGS, telemetry, hang_seconds, hang_abort)
-    profile = Profile(model_dir / LOGS, profile_steps)
-    with jax.set_mesh(mesh), Interruption() as interruption, checkpoints, telemetry, watchdog, profile:
+    profile, ahead = Profile(model_dir / LOGS, profile_steps), Ahead()
+    with jax.set_mesh(mesh), Interruption() as interruption, checkpoints, telemetry, watchdog, profile, ahead:
         with telemetry.lost("startup"):
             layout = Layout(system, mesh, rules)
             phases_lib.check(phases, datasets, layout.shapes)
@@ -139,7 +141,7 @@ def train(
             begin()
         telemetry.resume(int(state.step))
         run = Run(
-            phases, datasets, layout, checkpoints, telemetry, interruption, Watch(model_dir / LOGS), profile,
+            phases, datasets, layout, checkpoints, telemetry, interruption, Watch(model_dir / LOGS), profile, ahead,
             tuple(hooks), patience, facts, seed, microbatches, checkpoint_period, log_period,
         )  # fmt: skip
         for index in range(int(state.phase), len(phases)):
@@ -200,6 +202,7 @@ class Run:
     interruption: Interruption
     watch: Watch
     profile: Profile
+    ahead: Ahead
     hooks: tuple[Hook, ...]
     patience: Patience
     facts: Mapping[str, Any]
@@ -213,7 +216,7 @@ class Run:
     def phase(self, state: TrainState, index: int) -> TrainState:
         """The remaining steps of a phase; the device is one step ahead of everything that is looked at."""
         phase, step, first = self.phases[index], int(state.step), int(state.phase_step)
-        train_step = self.profile.of(self.compiled_step(phase), step)
+        train_step = self.profile.of(self.compiled_step(phase, state), step)
         with self.telemetry.lost("data", doing="first batch"):
             batches = self.datasets[phase.name](first) if first < phase.steps else iter(())
         for phase_step in range(first + 1, phase.steps + 1):
@@ -239,20 +242,33 @@ class Run:
                 break
         return state
 
-    def compiled_step(self, phase: Phase) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
-        """The phase's step on this process's rows; the seconds of compilation are counted as lost."""
+    def compiled_step(
+        self, phase: Phase, state: TrainState
+    ) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+        """The phase's step on this process's rows; seconds of waiting for a program are counted as lost."""
         step, seen = self.train_step(phase), set()
+        with self.telemetry.lost("data", doing="first batch"):
+            self.ahead.begin(step, state, self.examples(phase, int(state.phase_step)), self.layout.mesh)
 
         def run(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-            shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(batch))
+            shape = signature(batch)
             arrays = partitioning.global_batch(batch, self.layout.mesh)
-            if (shapes, jax.tree.structure(batch)) in seen:
+            if shape in seen:
                 return step(state, arrays)
-            seen.add((shapes, jax.tree.structure(batch)))
+            seen.add(shape)
             with self.telemetry.lost("compile"):
+                self.ahead.wait(shape)
                 return step(state, arrays)
 
         return run
+
+    def examples(self, phase: Phase, first: int) -> Sequence[Any]:
+        """A batch of each shape to come, where the data can tell; none where the host changes batches (``prepare``), or
+        where several processes would have to compile in the same order."""
+        tell = getattr(self.datasets[phase.name], "examples", None)
+        if tell is None or phase.prepare is not None or jax.process_count() > 1 or first >= phase.steps:
+            return []
+        return tell(first)
 
     def train_step(self, phase: Phase) -> TrainStep:
         """The phase's step; phases that differ in name, steps and data alone share it, and are compiled once."""

@@ -56,6 +56,12 @@ def test_closed_book_batches_hold_the_records(questions, vocabulary, materialise
     assert batches[0].passage_tokens is None and batches[0].retrieve is None
 
 
+def test_an_example_is_a_batch_where_the_rows_are_in_memory(questions):
+    (example,) = make(questions.task()).examples(7)
+    assert_same(example, next(make(questions.task())(0)))
+    assert make(questions.task(), materialise=False).examples() == []
+
+
 @pytest.mark.parametrize("materialise", [True, False])
 def test_resuming_gives_the_same_batches(questions, materialise):
     through = list(itertools.islice(make(questions.task(), seed=3, materialise=materialise)(0), 14))
