@@ -24,9 +24,9 @@ def check_all(pipelines: Sequence[Batches]) -> None:
         getattr(pipeline, "check", lambda: None)()
 
 
-def examples_of(pipelines: Sequence[Batches]) -> list[Batch]:
+def example_batches_of(pipelines: Sequence[Batches]) -> list[Batch]:
     """One batch of each shape that they serve; none of those that do not tell."""
-    return [batch for pipeline in pipelines for batch in getattr(pipeline, "examples", lambda: [])()]
+    return [batch for pipeline in pipelines for batch in getattr(pipeline, "example_batches", lambda: [])()]
 
 
 def schedule(weights: Sequence[int]) -> np.ndarray:
@@ -87,9 +87,9 @@ class Interleave:
         """See ``check_all``."""
         check_all(self.pipelines)
 
-    def examples(self, start_step: int = 0) -> list[Batch]:
+    def example_batches(self, start_step: int = 0) -> list[Batch]:
         """One batch of each shape."""
-        return examples_of(self.pipelines)
+        return example_batches_of(self.pipelines)
 
 
 def interleave(weighted: Sequence[tuple[Batches, int]]) -> Interleave:
@@ -117,9 +117,9 @@ class Weighted:
         """See ``check_all``."""
         check_all([self.pipeline])
 
-    def examples(self, start_step: int = 0) -> list[Batch]:
+    def example_batches(self, start_step: int = 0) -> list[Batch]:
         """One batch of each shape."""
-        return [self._weigh(batch) for batch in examples_of([self.pipeline])]
+        return [self._weigh(batch) for batch in example_batches_of([self.pipeline])]
 
     def _weigh(self, batch: Batch) -> Batch:
         weights = batch.decoder_loss_weights * np.float32(self.weight)
@@ -171,8 +171,8 @@ class Curriculum:
         """See ``check_all``."""
         check_all(self.stages)
 
-    def examples(self, start_step: int = 0) -> list[Batch]:
+    def example_batches(self, start_step: int = 0) -> list[Batch]:
         """One batch of each shape from ``start_step`` on, in the order of the stages."""
         ends = itertools.accumulate(self.steps[:-1])
         rest = [stage for stage, end in zip(self.stages, (*ends, None)) if end is None or start_step < end]
-        return examples_of(rest)
+        return example_batches_of(rest)

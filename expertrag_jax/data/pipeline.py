@@ -92,7 +92,7 @@ class Pipeline:
         else:
             next(self(), None)
 
-    def examples(self, start_step: int = 0) -> list[Batch]:
+    def example_batches(self, start_step: int = 0) -> list[Batch]:
         """A batch of the one shape, where the rows are in memory; none of a stream, which would be read for it."""
         return [next(self())] if self.materialise and self.num_examples else []
 

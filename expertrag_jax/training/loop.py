@@ -87,8 +87,8 @@ def train(
       system: see ``systems.system.System``.
       datasets: phase name -> ``(start_step) -> iterator`` of this process's rows, any pytree of arrays with a
         leading batch axis; batches of a phase may have several shapes. One with a method ``check()`` is asked, before
-        the first step, whether it can serve; one with ``examples(start_step)``, for a batch of each shape to come:
-        their programs are compiled while the first ones train.
+        the first step, whether it can serve; one with ``example_batches(start_step)``, for a batch of each shape to
+        come: their programs are compiled while the first ones train.
       model_dir: new, empty, or a model directory.
       mesh: default: all devices on the axis ``data``. rules: parameters' logical axes -> mesh axes.
       phases: default: the system's.
@@ -248,7 +248,7 @@ class Run:
         """The phase's step on this process's rows; seconds of waiting for a program are counted as lost."""
         step, seen = self.train_step(phase), set()
         with self.telemetry.lost("data", doing="first batch"):
-            self.ahead.begin(step, state, self.examples(phase, int(state.phase_step)), self.layout.mesh)
+            self.ahead.begin(step, state, self.example_batches(phase, int(state.phase_step)), self.layout.mesh)
 
         def run(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
             shape = signature(batch)
@@ -262,10 +262,10 @@ class Run:
 
         return run
 
-    def examples(self, phase: Phase, first: int) -> Sequence[Any]:
+    def example_batches(self, phase: Phase, first: int) -> Sequence[Any]:
         """A batch of each shape to come, where the data can tell; none where the host changes batches (``prepare``), or
         where several processes would have to compile in the same order."""
-        tell = getattr(self.datasets[phase.name], "examples", None)
+        tell = getattr(self.datasets[phase.name], "example_batches", None)
         if tell is None or phase.prepare is not None or jax.process_count() > 1 or first >= phase.steps:
             return []
         return tell(first)

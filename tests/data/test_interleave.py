@@ -92,17 +92,17 @@ def test_examples_are_of_every_stage_to_come():
         def __init__(self, width):
             self.batch = Batch(decoder_loss_weights=np.ones((2, width), np.float32))
 
-        def examples(self, start_step=0):
+        def example_batches(self, start_step=0):
             return [self.batch]
 
     turns = interleave([(Telling(3), 1), (counting("silent"), 1), (Weighted(Telling(4), 2.0), 2)])
     curriculum = Curriculum([Telling(1), Telling(2), turns], [2, 3, None])
 
     def widths(start):
-        return [batch.decoder_loss_weights.shape[1] for batch in curriculum.examples(start)]
+        return [batch.decoder_loss_weights.shape[1] for batch in curriculum.example_batches(start)]
 
     assert widths(0) == widths(1) == [1, 2, 3, 4] and widths(2) == [2, 3, 4] and widths(5) == widths(50) == [3, 4]
-    assert curriculum.examples()[-1].decoder_loss_weights.max() == 2
+    assert curriculum.example_batches()[-1].decoder_loss_weights.max() == 2
 
 
 def test_weights_scale_the_targets_of_every_batch():

@@ -57,9 +57,9 @@ def test_closed_book_batches_hold_the_records(questions, vocabulary, materialise
 
 
 def test_an_example_is_a_batch_where_the_rows_are_in_memory(questions):
-    (example,) = make(questions.task()).examples(7)
+    (example,) = make(questions.task()).example_batches(7)
     assert_same(example, next(make(questions.task())(0)))
-    assert make(questions.task(), materialise=False).examples() == []
+    assert make(questions.task(), materialise=False).example_batches() == []
 
 
 @pytest.mark.parametrize("materialise", [True, False])

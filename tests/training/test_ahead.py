@@ -22,7 +22,7 @@ class Told:
     def __call__(self, start):
         return self.toy.data(start)
 
-    def examples(self, start_step=0):
+    def example_batches(self, start_step=0):
         return [self.toy.rows(0, 16), self.toy.rows(1, 8)]
 
 
@@ -63,7 +63,7 @@ def test_shapes_to_come_are_compiled_once_in_another_thread(trained, toy):
 
 def test_one_shape_is_compiled_where_it_is_used(trained, toy):
     one = Told(toy)
-    one.examples = lambda start_step=0: [toy.rows(0, 16), toy.rows(2, 16)]
+    one.example_batches = lambda start_step=0: [toy.rows(0, 16), toy.rows(2, 16)]
     _, traced, programs = trained("one", one)
     assert traced == [(16, True), (8, True)] and programs == 2
 
@@ -84,7 +84,7 @@ def test_what_cannot_be_compiled_fails_when_its_turn_comes(trained, toy):
             yield next(batches)
             yield {**next(batches), "y": np.zeros((8, 3), np.float32)}
 
-        def examples(self, start_step=0):
+        def example_batches(self, start_step=0):
             return list(self(0))
 
     with pytest.raises(TypeError, match="broadcast|shapes"):
@@ -96,7 +96,7 @@ def test_a_run_that_fails_leaves_no_thread_behind(trained, toy):
         def __call__(self, start):
             return iter(())
 
-        def examples(self, start_step=0):
+        def example_batches(self, start_step=0):
             return [self.toy.rows(0, size) for size in range(8, 200, 8)]
 
     with pytest.raises(UserError, match="ended before step 1"):
