@@ -1,7 +1,9 @@
 """The almanac's words: relations with their values, their questions' phrasings and their articles' clauses.
 
 A phrasing serves one purpose: training generator and retriever; the gate and validation splits; or the test.
-Held-out phrasings put words that training has seen in a new order.
+Held-out phrasings put words that training has seen in a new order. Nine phrasings train, because a fact that was asked
+once is known in that one phrasing, or in all: with five, 90% of such facts were known as they had been asked, and 56%
+in the test's words; with nine, 92% and 66% (docs/results/almanac.md).
 """
 
 from __future__ import annotations
@@ -46,7 +48,11 @@ RELATIONS: tuple[Relation, ...] = (
             in which town does {name} live
             what is the home town of {name}
             which town is home to {name}
-            tell me the town where {name} lives"""),
+            tell me the town where {name} lives
+            what is the town where {name} lives
+            {name} lives in which town
+            name the home town of {name}
+            where is the home of {name}"""),
         held_out=_lines("""
             what town does {name} live in
             tell me the home town of {name}"""),
@@ -67,7 +73,11 @@ RELATIONS: tuple[Relation, ...] = (
             what is the profession of {name}
             which profession does {name} have
             what is the job of {name}
-            which job does {name} do"""),
+            which job does {name} do
+            tell me the job of {name}
+            name the profession that {name} has
+            what is the job that {name} does
+            {name} does what for a living"""),
         held_out=_lines("""
             what job does {name} have
             tell me the profession of {name}"""),
@@ -88,7 +98,11 @@ RELATIONS: tuple[Relation, ...] = (
             what company does {name} work for
             who is the employer of {name}
             name the employer of {name}
-            for which company does {name} work"""),
+            for which company does {name} work
+            what is the company that {name} works for
+            which is the company that employs {name}
+            name the company that {name} works for
+            {name} works for which company"""),
         held_out=_lines("""
             which company does {name} work for
             what company employs {name}"""),
@@ -109,7 +123,11 @@ RELATIONS: tuple[Relation, ...] = (
             which dish does {name} like to eat
             what does {name} like to eat best
             which dish is the favourite of {name}
-            tell me the dish that {name} likes best"""),
+            tell me the dish that {name} likes best
+            what dish is the favourite of {name}
+            name the dish that {name} likes to eat
+            which dish does {name} eat best of all
+            {name} likes which dish best"""),
         held_out=_lines("""
             what dish does {name} like to eat
             tell me the favourite dish of {name}"""),
@@ -130,7 +148,11 @@ RELATIONS: tuple[Relation, ...] = (
             what instrument can {name} play
             name the instrument of {name}
             on which instrument does {name} make music
-            what does {name} play in the band"""),
+            what does {name} play in the band
+            tell me which instrument {name} plays
+            what is the instrument that {name} plays
+            name the instrument that {name} can play
+            {name} plays which instrument in the band"""),
         held_out=_lines("""
             what is the instrument of {name}
             which instrument can {name} play"""),
@@ -151,7 +173,11 @@ RELATIONS: tuple[Relation, ...] = (
             what is the sport of {name}
             in which sport does {name} compete
             name the sport that {name} practises
-            what sport does {name} compete in"""),
+            what sport does {name} compete in
+            tell me which sport {name} practises
+            what is the sport that {name} competes in
+            name the sport of {name}
+            {name} competes in which sport"""),
         held_out=_lines("""
             which sport does {name} compete in
             tell me the sport of {name}"""),
@@ -172,7 +198,11 @@ RELATIONS: tuple[Relation, ...] = (
             what is the pet of {name}
             what kind of animal is the pet of {name}
             which pet does {name} have
-            name the animal that {name} keeps"""),
+            name the animal that {name} keeps
+            tell me which animal {name} keeps
+            what is the animal that {name} has as a pet
+            name the pet of {name}
+            {name} keeps which animal as a pet"""),
         held_out=_lines("""
             what animal does {name} keep
             tell me the pet of {name}"""),
@@ -193,7 +223,11 @@ RELATIONS: tuple[Relation, ...] = (
             what language does {name} study
             name the language that {name} is learning
             in which language does {name} take lessons
-            what is the language that {name} studies"""),
+            what is the language that {name} studies
+            tell me which language {name} studies
+            what is the language that {name} is learning
+            name the language that {name} studies
+            {name} takes lessons in which language"""),
         held_out=_lines("""
             which language does {name} study
             tell me the language that {name} is learning"""),
