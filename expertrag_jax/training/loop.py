@@ -134,7 +134,7 @@ def train(
                 params = start_from(initial_checkpoint, params) if initial_checkpoint else params
                 state = phases_lib.enter(params, 0, 0, phases[0], layout)
         with telemetry.lost("data", doing="first batch"):
-            phases_lib.check_data(phases[int(state.phase) :], datasets)
+            phases_lib.check_data(phases, datasets, state)
             for hook in hooks:
                 hook.check()
         if begin is not None:

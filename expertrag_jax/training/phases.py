@@ -33,10 +33,11 @@ def check(phases: Sequence[Phase], datasets: Mapping[str, Callable], params: Any
         parameters.trainable_names(params, phase.trainable)
 
 
-def check_data(phases: Sequence[Phase], datasets: Mapping[str, Callable]) -> None:
-    """Lets each phase's data set that has a ``check`` read what it serves: the first phase is not trained in vain."""
-    for phase in phases:
-        if phase.steps:
+def check_data(phases: Sequence[Phase], datasets: Mapping[str, Callable], state: TrainState) -> None:
+    """Lets each data set that has a ``check`` and steps left read what it serves: no phase is trained in vain."""
+    current, done = int(state.phase), int(state.phase_step)
+    for index, phase in enumerate(phases[current:]):
+        if phase.steps > (done if index == 0 else 0):
             getattr(datasets[phase.name], "check", lambda: None)()
 
 

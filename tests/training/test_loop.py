@@ -228,6 +228,8 @@ def test_data_of_all_phases_are_checked_first(run, toy, tmp_path):
 
     with pytest.raises(UserError, match="the file is gone"):
         run(datasets={"body": toy.data, "head": Bad()})
+    run()
+    run(datasets={"body": Bad(), "head": Bad()})  # trained to the end: nothing is asked of it any more
 
 
 def test_data_that_ends_too_early_is_an_error(run, toy):
