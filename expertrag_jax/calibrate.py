@@ -49,8 +49,6 @@ def calibrate(
         raise UserError(f"--rule={rule} is unknown: choose one of {', '.join(SCORERS)}.")
     if (Path(model_dir) / GATE_FILE).exists() and not overwrite:
         raise UserError(f"{Path(model_dir) / GATE_FILE} exists: nothing was overwritten; add --overwrite.")
-    if price is not None and not 0 <= price <= 1:
-        raise UserError(f"--price={price}: the accuracy that a retrieval must be worth is a number from 0 to 1.")
     asked = read_questions(questions, None, "")
     model = open_model(model_dir, checkpoint_path, calibrated=False)
     if "gate" not in model.params:
@@ -58,6 +56,8 @@ def calibrate(
     service = service_from_model(model, "gate", index_dir)
     arms = answer_both(service, asked, rule)
     price = model.system.retrieval_cost if price is None else price
+    if not 0 <= price <= 1:
+        raise UserError(f"--price={price}: the accuracy that a retrieval must be worth is a number from 0 to 1.")
     found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, price)
     path = found.write(model_dir, model.source.name)
     print(

@@ -173,6 +173,6 @@ class Curriculum:
 
     def example_batches(self, start_step: int = 0) -> list[Batch]:
         """One batch of each shape from ``start_step`` on, in the order of the stages."""
-        ends = itertools.accumulate(self.steps[:-1])
-        rest = [stage for stage, end in zip(self.stages, (*ends, None)) if end is None or start_step < end]
-        return example_batches_of(rest)
+        ends = itertools.accumulate(np.inf if steps is None else steps for steps in self.steps)
+        stages = zip(self.stages, self.steps, ends)
+        return example_batches_of([stage for stage, steps, end in stages if steps != 0 and start_step < end])

@@ -12,6 +12,7 @@ from expertrag_jax.evaluation.reliability import expected_calibration_error
 
 __all__ = ["ThresholdChoice", "choose_threshold", "expected_calibration_error", "fit_platt"]
 
+
 def fit_platt(logits: Any, needed: Any, max_steps: int = 100) -> tuple[float, float]:
     """Platt scaling: (scale, bias) such that sigmoid(scale * logit + bias) is the frequency of need.
 
@@ -87,7 +88,7 @@ def choose_threshold(
 
     Which of a hundred neighbouring questions evidence helps is chance, and the highest of raw sums follows it. So
     each question's gain (correct with minus correct without) is first replaced by a mean over its neighbours in
-    p_ret: on the almanac the chosen rate then varies between samples half as much (docs/results/almanac.md).
+    p_ret (docs/results/almanac.md has what it is worth).
 
     Args:
       p_ret: [N] probabilities of retrieving.
@@ -110,7 +111,11 @@ def choose_threshold(
         raise ValueError(f"smoothing is {smoothing}, it must not be negative")
     order = np.argsort(-p_ret, kind="stable")
     sorted_p, gain = p_ret[order], (with_ - without)[order]
-    smooth = gaussian_filter1d(gain, smoothing * len(gain), mode="nearest") if smoothing else gain
+    groups = np.cumsum(np.r_[True, sorted_p[1:] != sorted_p[:-1]]) - 1  # of equal probabilities, which have no order
+    smooth = (np.bincount(groups, gain) / np.bincount(groups))[groups]
+    if smoothing:
+        # Reflected at the ends, every question counts exactly once.
+        smooth = gaussian_filter1d(smooth, smoothing * len(gain), mode="reflect")
     utility = np.concatenate([[0], np.cumsum(smooth - price)])
     # Equal probabilities retrieve together: a cut between them does not exist.
     possible = np.concatenate([[True], sorted_p[1:] != sorted_p[:-1], [True]])

@@ -42,12 +42,13 @@ class Ahead:
         """Compiles ``step`` for a state like ``state`` and each of ``batches``; nothing where all have one shape."""
         for future in self._pending.values():
             future.cancel()  # of a phase that ended before its data did
-        shapes = {signature(batch): batch for batch in reversed(batches)}
-        self._pending = {}
+        self._pending, shapes = {}, {}
+        for batch in batches:
+            shapes.setdefault(signature(batch), batch)  # in the order in which they come first
         if len(shapes) < 2:
             return
         context, state = contextvars.copy_context(), _abstract(state)  # activation rules are part of the context
-        for shape, batch in reversed(shapes.items()):
+        for shape, batch in shapes.items():
             arrays = _abstract(partitioning.global_batch(batch, mesh))
             self._pending[shape] = self._thread.submit(context.run, _compile, step, state, arrays, mesh)
 
@@ -59,7 +60,10 @@ class Ahead:
 
 
 def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    def one(x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type)
+
+    return jax.tree.map(one, tree)
 
 
 def _compile(step: TrainStep, state: TrainState, batch: Any, mesh: Mesh) -> None:

@@ -120,7 +120,7 @@ def train(
     telemetry = Telemetry(model_dir / LOGS, progress, started)
     watchdog = Watchdog(model_dir / LOGS, telemetry, hang_seconds, hang_abort)
     profile, ahead = Profile(model_dir / LOGS, profile_steps), Ahead()
-    with jax.set_mesh(mesh), Interruption() as interruption, checkpoints, telemetry, watchdog, profile, ahead:
+    with jax.set_mesh(mesh), Interruption() as interruption, checkpoints, telemetry, ahead, watchdog, profile:
         with telemetry.lost("startup"):
             layout = Layout(system, mesh, rules)
             phases_lib.check(phases, datasets, layout.shapes)
@@ -134,9 +134,11 @@ def train(
                 params = start_from(initial_checkpoint, params) if initial_checkpoint else params
                 state = phases_lib.enter(params, 0, 0, phases[0], layout)
         with telemetry.lost("data", doing="first batch"):
-            phases_lib.check_data(phases, datasets, state)
+            left = phases_lib.to_come(phases, state)
+            phases_lib.check_data(left, datasets)
             for hook in hooks:
-                hook.check()
+                if left and hook.phase in (None, *(phase.name for phase in left)):
+                    hook.check()
         if begin is not None:
             begin()
         telemetry.resume(int(state.step))

@@ -33,12 +33,17 @@ def check(phases: Sequence[Phase], datasets: Mapping[str, Callable], params: Any
         parameters.trainable_names(params, phase.trainable)
 
 
-def check_data(phases: Sequence[Phase], datasets: Mapping[str, Callable], state: TrainState) -> None:
-    """Lets each data set that has a ``check`` and steps left read what it serves: no phase is trained in vain."""
-    current, done = int(state.phase), int(state.phase_step)
-    for index, phase in enumerate(phases[current:]):
-        if phase.steps > (done if index == 0 else 0):
-            getattr(datasets[phase.name], "check", lambda: None)()
+def to_come(phases: Sequence[Phase], state: TrainState) -> list[Phase]:
+    """The phases that have steps left."""
+    current = int(state.phase)
+    done = [phase.steps for phase in phases[:current]] + [int(state.phase_step)]
+    return [phase for index, phase in enumerate(phases) if phase.steps > (done[index] if index <= current else 0)]
+
+
+def check_data(phases: Sequence[Phase], datasets: Mapping[str, Callable]) -> None:
+    """Lets each data set that has a ``check`` read what it serves: no phase is trained in vain."""
+    for phase in phases:
+        getattr(datasets[phase.name], "check", lambda: None)()
 
 
 def check_steps(phases: Sequence[Phase]) -> None:

@@ -1,9 +1,9 @@
 """The almanac's words: relations with their values, their questions' phrasings and their articles' clauses.
 
 A phrasing serves one purpose: training generator and retriever; the gate and validation splits; or the test.
-Held-out phrasings put words that training has seen in a new order. Nine phrasings train, because a fact that was asked
-once is known in that one phrasing, or in all: with five, 90% of such facts were known as they had been asked, and 56%
-in the test's words; with nine, 92% and 66% (docs/results/almanac.md).
+Held-out phrasings put words that training has seen in a new order. Nine phrasings train: a fact that was asked once is
+known in the words in which it was asked, and in others only as far as many phrasings have taught that they ask the
+same. With five, 90% of such facts were known as asked and 56% in the test's words; with nine, 92% and 66%.
 """
 
 from __future__ import annotations

@@ -102,6 +102,8 @@ def test_examples_are_of_every_stage_to_come():
         return [batch.decoder_loss_weights.shape[1] for batch in curriculum.example_batches(start)]
 
     assert widths(0) == widths(1) == [1, 2, 3, 4] and widths(2) == [2, 3, 4] and widths(5) == widths(50) == [3, 4]
+    ended = Curriculum([Telling(1), Telling(2), Telling(3)], [0, 3, 0])
+    assert len(ended.example_batches()) == 1 and ended.example_batches(3) == []
     assert curriculum.example_batches()[-1].decoder_loss_weights.max() == 2
 
 

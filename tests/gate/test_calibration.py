@@ -95,6 +95,19 @@ def test_smoothing_loses_less_to_chance_than_raw_gains_do():
     assert lost[0.03] < 0.8 * lost[0.0]
 
 
+def test_smoothing_counts_every_question_once_and_no_order_among_equals():
+    p = np.full(1200, 0.5, np.float32)
+    helped = np.arange(1200) < 38  # at one end: 3% of the questions, less than the price
+    choice = calibration.choose_threshold(p, ~helped, np.ones(1200), price=0.05)
+    assert choice.retrieval_rate == 0
+    rng = np.random.default_rng(0)
+    p = (rng.integers(0, 30, 600) / 29).astype(np.float32)
+    without, with_ = rng.random(600) < 1 - p, rng.random(600) < 0.9
+    order = rng.permutation(600)
+    choices = [calibration.choose_threshold(p[i], without[i], with_[i], 0.3) for i in (slice(None), order)]
+    assert choices[0] == choices[1] and 0 < choices[0].retrieval_rate < 1
+
+
 def test_thresholds_at_both_ends_and_between_neighbouring_floats():
     p = np.array([1.0, 1.0, 0.5], np.float32)
     never = calibration.choose_threshold(p, [1, 1, 1], [0, 0, 0], price=0.0)

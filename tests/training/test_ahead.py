@@ -23,7 +23,7 @@ class Told:
         return self.toy.data(start)
 
     def example_batches(self, start_step=0):
-        return [self.toy.rows(0, 16), self.toy.rows(1, 8)]
+        return [self.toy.rows(0, 16), self.toy.rows(1, 8), self.toy.rows(2, 16)]
 
 
 @pytest.fixture
