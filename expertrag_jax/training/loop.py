@@ -265,10 +265,14 @@ class Run:
         return run
 
     def example_batches(self, phase: Phase, first: int) -> Sequence[Any]:
-        """A batch of each shape to come, where the data can tell; none where the host changes batches (``prepare``), or
-        where several processes would have to compile in the same order."""
+        """A batch of each shape to come, where the data can tell and compiling beside the steps is safe.
+
+        It is not where the host changes batches (``prepare``), where several processes would have to compile in the
+        same order, and on a GPU, whose compiler tries kernels out in the memory that the steps use.
+        """
         tell = getattr(self.datasets[phase.name], "example_batches", None)
-        if tell is None or phase.prepare is not None or jax.process_count() > 1 or first >= phase.steps:
+        alone = jax.process_count() == 1 and self.layout.mesh.devices.flat[0].platform != "gpu"
+        if tell is None or phase.prepare is not None or not alone or first >= phase.steps:
             return []
         return tell(first)
 
