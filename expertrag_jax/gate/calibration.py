@@ -111,15 +111,14 @@ def choose_threshold(
         raise ValueError(f"smoothing is {smoothing}, it must not be negative")
     order = np.argsort(-p_ret, kind="stable")
     sorted_p, gain = p_ret[order], (with_ - without)[order]
-    groups = np.cumsum(np.r_[True, sorted_p[1:] != sorted_p[:-1]]) - 1  # of equal probabilities, which have no order
+    first = np.r_[True, sorted_p[1:] != sorted_p[:-1]]  # of a group of equal probabilities, which have no order
+    groups = np.cumsum(first) - 1
     smooth = (np.bincount(groups, gain) / np.bincount(groups))[groups]
     if smoothing:
         # Reflected at the ends, every question counts exactly once.
         smooth = gaussian_filter1d(smooth, smoothing * len(gain), mode="reflect")
     utility = np.concatenate([[0], np.cumsum(smooth - price)])
-    # Equal probabilities retrieve together: a cut between them does not exist.
-    possible = np.concatenate([[True], sorted_p[1:] != sorted_p[:-1], [True]])
-    utility = np.where(possible, utility, -np.inf)
+    utility = np.where(np.r_[first, True], utility, -np.inf)  # a cut inside a group does not exist
     # 1e-9: sums in another order must not turn equal into less.
     retrieved = int(np.argmax(utility >= utility.max() - 1e-9))
     return ThresholdChoice(

@@ -134,11 +134,7 @@ def train(
                 params = start_from(initial_checkpoint, params) if initial_checkpoint else params
                 state = phases_lib.enter(params, 0, 0, phases[0], layout)
         with telemetry.lost("data", doing="first batch"):
-            left = phases_lib.to_come(phases, state)
-            phases_lib.check_data(left, datasets)
-            for hook in hooks:
-                if left and hook.phase in (None, *(phase.name for phase in left)):
-                    hook.check()
+            phases_lib.check_data(phases_lib.to_come(phases, state), datasets, hooks)
         if begin is not None:
             begin()
         telemetry.resume(int(state.step))
@@ -244,9 +240,7 @@ class Run:
                 break
         return state
 
-    def compiled_step(
-        self, phase: Phase, state: TrainState
-    ) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+    def compiled_step(self, phase: Phase, state: TrainState) -> TrainStep:
         """The phase's step on this process's rows; seconds of waiting for a program are counted as lost."""
         step, seen = self.train_step(phase), set()
         with self.telemetry.lost("data", doing="first batch"):

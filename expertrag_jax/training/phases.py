@@ -35,15 +35,18 @@ def check(phases: Sequence[Phase], datasets: Mapping[str, Callable], params: Any
 
 def to_come(phases: Sequence[Phase], state: TrainState) -> list[Phase]:
     """The phases that have steps left."""
-    current = int(state.phase)
-    done = [phase.steps for phase in phases[:current]] + [int(state.phase_step)]
-    return [phase for index, phase in enumerate(phases) if phase.steps > (done[index] if index <= current else 0)]
+    current, *later = phases[int(state.phase) :]
+    return [current] * (int(state.phase_step) < current.steps) + [phase for phase in later if phase.steps]
 
 
-def check_data(phases: Sequence[Phase], datasets: Mapping[str, Callable]) -> None:
-    """Lets each data set that has a ``check`` read what it serves: no phase is trained in vain."""
+def check_data(phases: Sequence[Phase], datasets: Mapping[str, Callable], hooks: Sequence[Any]) -> None:
+    """Lets each data set that has a ``check``, and the hooks of these phases, read what they serve: no phase is trained
+    in vain."""
     for phase in phases:
         getattr(datasets[phase.name], "check", lambda: None)()
+    for hook in hooks:
+        if any(hook.phase in (None, phase.name) for phase in phases):
+            hook.check()
 
 
 def check_steps(phases: Sequence[Phase]) -> None:
