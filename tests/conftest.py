@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in SLOW_FILES)
 
 
+@pytest.fixture
+def told(caplog):
+    """``told()``: what this package has logged in this test; JAX's readers may log an earlier test's failures late."""
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("expertrag_jax")]
+
+
 @pytest.fixture(scope="session")
 def xla_flags():
     """``xla_flags(devices)``: of a process with so many CPU devices, each on one thread."""

@@ -277,13 +277,14 @@ def test_errors_name_what_is_wrong(questions, retriever):
         next(make(questions.task("decided", **mode))(0))
 
 
-def test_a_target_that_is_cut_is_told_of_once(questions, caplog):
+def test_a_target_that_is_cut_is_told_of_once(questions, told):
     lengths = {"inputs": 24, "targets": 40, "query": 24}
     list(make(questions.task(), lengths=lengths, repeat=False)(0))
-    assert not caplog.records
+    assert not told()
     lengths["targets"] = 2
     batches = list(make(questions.task(), lengths=lengths, repeat=False)(0))
-    assert len(caplog.records) == 1 and "tokens, but targets holds 2: it is cut" in caplog.text
+    (message,) = told()
+    assert "tokens, but targets holds 2: it is cut" in message
     assert {tuple(np.flatnonzero(row == 1)) for b in batches for row in b.decoder_target_tokens if row.any()} == {(1,)}
 
 
