@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from expertrag_jax import comparison, gate_training, launch
-from expertrag_jax.assembly import load_params, tokenise_answers
+from expertrag_jax.assembly import tokenise_answers
 from expertrag_jax.data.interleave import Curriculum, Weighted, interleave
 from expertrag_jax.data.pipeline import Pipeline
 from expertrag_jax.data.vocabularies import Vocabularies
@@ -95,17 +95,18 @@ class Measuring:
     """How much is measured.
 
     Attributes:
-      throughput_questions, rounds: questions per timed run of a policy, and runs of each.
+      throughput_questions: per timed run of a policy. rounds: runs of each, for either edition.
       latency_questions: asked one at a time. exported_questions: answered with the export.
       buckets: of answering, see ``Answerer``; close enough together that what is left at a stream's end wastes little
-        padding.
+        padding. exported_buckets: of the export.
     """
 
     throughput_questions: int = 384
-    rounds: int = 5
+    rounds: tuple[int, int] = (5, 3)
     latency_questions: int = 60
     exported_questions: int = 256
     buckets: tuple[int, ...] = (1, 32, 64)
+    exported_buckets: tuple[int, ...] = (1, 64)
 
 
 @dataclasses.dataclass
@@ -298,14 +299,14 @@ def train_gate(run: Demo, world: AlmanacConfig) -> Service:
     """Measures both arms on the gate's questions, trains on them, calibrates on validation; the finished service."""
     prepared = run.directory / "gate_start"
     generator = open_model(run.directory / "generator", buckets=run.measuring.buckets)
-    reader = service_from_model(generator, "gate", run.index_dir("1"))
+    service = service_from_model(generator, "gate", run.index_dir("1"))
     records = read_split(world, run.directory / "world", "gate")
-    questions = reader.tokenise([record["question"] for record in records])
+    questions = service.tokenise([record["question"] for record in records])
     vocabulary = Vocabulary.from_file(run.vocabulary_path)
     targets = tokenise_answers([record["answers"][0] for record in records], vocabulary, run.lengths["targets"])
     with run.stages.stage("measure both arms", total=len(records)) as advance:
-        params = load_params(run.system, run.directory / "generator")
-        examples = gate_training.measure_arms(run.system, params, reader.answerer, questions, targets, advance)
+        params = generator.params
+        examples = gate_training.measure_arms(run.system, params, service.answerer, questions, targets, advance)
         if not prepared.exists():
             save_parameters(prepared, gate_training.with_standardised_gate(params, examples.features))
     dataset = gate_training.GateDataset(examples, run.gate_batch, run.seed)
@@ -314,7 +315,7 @@ def train_gate(run: Demo, world: AlmanacConfig) -> Service:
     )
     with run.stages.stage("calibrate the gate") as advance:
         model = open_model(run.directory / "model", calibrated=False, buckets=run.measuring.buckets)
-        service = service_from_model(model, "gate", run.index_dir("1"))
+        service = service.with_checkpoint(model)
         records = read_split(world, run.directory / "world", "validation")
         questions = service.tokenise([record["question"] for record in records])
         arms = comparison.run_arms(service.answerer, questions, correctness(records, vocabulary))
@@ -322,8 +323,7 @@ def train_gate(run: Demo, world: AlmanacConfig) -> Service:
         found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, price)
         found.write(run.directory / "model", model.source.name)
         advance(note=f"threshold {found.threshold:.3f}, validation rate {found.retrieval_rate:.2f}")
-    model = open_model(run.directory / "model", buckets=run.measuring.buckets)
-    return service_from_model(model, "gate", run.index_dir("1"))
+    return service.with_checkpoint(model.calibrated(found.threshold, found.scale, found.bias))
 
 
 def correctness(records: Sequence[dict], vocabulary: Vocabulary) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
@@ -345,14 +345,15 @@ def evaluate_edition(run: Demo, world: AlmanacConfig, service: Service, edition:
     questions = service.tokenise([record["question"] for record in records])
     questions = dataclasses.replace(questions, ids=np.array([record["id"] for record in records]))
     answerer.warm_up(questions)
-    total = 2 * len(records) + 5 * measuring.rounds
+    rounds = dict(zip(EDITIONS, measuring.rounds))[edition]
+    total = 2 * len(records) + 5 * rounds
     with run.stages.stage(f"evaluate on edition {edition}", total=total) as advance:
         arms = comparison.run_arms(answerer, questions, correctness(records, service.reader_vocabulary), advance)
         threshold = service.settings.threshold
         policies = comparison.five_policies(threshold, float((arms.p_ret >= threshold).mean()), run.seed)
         timing = comparison.time_policies(
             answerer, questions, arms, policies, throughput_questions=measuring.throughput_questions,
-            latency_questions=measuring.latency_questions, rounds=measuring.rounds, progress=advance,
+            latency_questions=measuring.latency_questions, rounds=rounds, progress=advance,
         )
         results = comparison.policy_results(answerer, questions, arms, policies, timing)
         row_of = loaded.passages.row_of()
@@ -382,7 +383,7 @@ def export_and_answer(run: Demo, world: AlmanacConfig, service: Service) -> None
     questions, answers = run.directory / "questions.jsonl", run.directory / "answers.jsonl"
     with run.stages.stage("export") as advance, quiet():
         export(str(run.directory / "model"), str(run.directory / "export"), index_dir=run.index_dir("2"),
-               buckets=service.settings.buckets, overwrite=True)
+               buckets=run.measuring.exported_buckets, overwrite=True)
         advance()
     with run.stages.stage("answer with the export") as advance:
         records = read_split(world, run.directory / "world", "test_edition_2")[: run.measuring.exported_questions]

@@ -44,6 +44,15 @@ class Service:
             questions, self.reader_vocabulary, self.retriever_vocabulary, *lengths
         )
 
+    def with_checkpoint(self, model: Model) -> Service:
+        """This service with the parameters, threshold and sizes of another checkpoint of the same system.
+
+        The compiled programs stay, and so does the index; the old service, which shares them, is used up.
+        """
+        self.answerer.programs.params = model.params
+        self.answerer.policy = assembly.make_policy("gate", model.settings.threshold)
+        return dataclasses.replace(self, settings=model.settings, source=model.source)
+
     def check(self, questions: Sequence[Question], answers: bool) -> None:
         """Before anything is answered: raises UserError for a question (``answers``: or an answer) that is too long."""
         self.tokenise(questions)

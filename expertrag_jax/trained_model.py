@@ -46,6 +46,13 @@ class Model:
     index_dir: str | None
     corpus_digest: str | None = None
 
+    def calibrated(self, threshold: float, scale: float, bias: float) -> Model:
+        """The model with these in place of its gate's threshold and of its logit's scale and bias."""
+        params = dict(self.params) | {"gate": with_calibration(self.params["gate"], scale, bias)}
+        return dataclasses.replace(
+            self, params=params, settings=dataclasses.replace(self.settings, threshold=threshold)
+        )
+
     def check_index(self) -> None:
         """UserError where the training's index now holds other passages, which nobody asked for by name."""
         if None not in (self.index_dir, self.corpus_digest):
@@ -74,17 +81,16 @@ def open_model(
         raise UserError(f"MODEL_DIR {model_dir} does not exist: name the directory of a training.")
     source, facts, system, params = pretrained.read_whole(checkpoint_path or model_dir, _read)
     gate = _calibration(model_dir, source) if calibrated else {}
-    settings = _trained_settings(system, facts, gate.get("threshold", 0.5))
+    settings = _trained_settings(system, facts)
     changes = {name: value for name, value in changes.items() if value is not None}
     settings = dataclasses.replace(settings, **changes)
     reader, retriever = (
         _vocabulary(model_dir / path, name, facts)
         for path, name in ((READER_VOCABULARY, "reader"), (RETRIEVER_VOCABULARY, "retriever"))
     )
-    if gate:
-        params = dict(params) | {"gate": with_calibration(params["gate"], gate["scale"], gate["bias"])}
     corpus = facts.get("digests", {}).get("corpus")
-    return Model(system, params, source, reader, retriever, settings, facts.get("index_dir"), corpus)
+    model = Model(system, params, source, reader, retriever, settings, facts.get("index_dir"), corpus)
+    return model.calibrated(**gate) if gate else model
 
 
 def _read(stored: pretrained.Stored) -> tuple[Path, dict[str, Any], Any, Any]:
@@ -101,7 +107,7 @@ def _read(stored: pretrained.Stored) -> tuple[Path, dict[str, Any], Any, Any]:
     return stored.directory, stored.metadata, system, params
 
 
-def _trained_settings(system: Any, facts: Mapping[str, Any], threshold: float) -> AnswerSettings:
+def _trained_settings(system: Any, facts: Mapping[str, Any]) -> AnswerSettings:
     lengths = facts["task_feature_lengths"]
     question_length = int(lengths["inputs"])
     return AnswerSettings(
@@ -111,7 +117,6 @@ def _trained_settings(system: Any, facts: Mapping[str, Any], threshold: float) -
         answer_length=int(system.max_target_length),
         num_passages=int(facts.get("num_passages") or 1),
         fusion=getattr(system, "fusion", "per_passage"),
-        threshold=threshold,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import seqio
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from expertrag_jax.data import preprocessors
 from expertrag_jax.data.inline_passages import InlinePassages
@@ -59,11 +60,18 @@ def register_almanac(
     return {kind: register(task) for kind, task in tasks.items()}
 
 
-def almanac_source(config: AlmanacConfig, data_dir: str | os.PathLike, *splits: str) -> seqio.TfdsDataSource:
-    """The prepared world as a source; a split "train_..." is called "train"."""
+def almanac_source(
+    config: AlmanacConfig, data_dir: str | os.PathLike, *splits: str, passages: bool = False
+) -> seqio.TfdsDataSource:
+    """The prepared world as a source of what `_record` reads, and of the passages; a split "train_..." is called
+    "train"."""
     names = {"train" if split.startswith("train") else split: split for split in splits}
     # read_only: the data is there, so TFDS need not look for it on the network.
-    return _OrderedSource(tfds_name(config), tfds_data_dir=os.fspath(data_dir), splits=names, read_only=True)
+    wanted = dict.fromkeys(("id", "question", "answers", *(["passages"] if passages else [])), True)
+    return _OrderedSource(
+        tfds_name(config), tfds_data_dir=os.fspath(data_dir), splits=names, read_only=True,
+        decoders=tfds.decode.PartialDecoding(wanted),
+    )  # fmt: skip
 
 
 class _OrderedSource(seqio.TfdsDataSource):
@@ -102,7 +110,7 @@ def _open_book(
         "passages": seqio.Feature(vocabularies.reader, rank=2),
         "passage_relevance": number(tf.float32, 1),
     }
-    source = almanac_source(config, data_dir, f"train_open_book_{lesson}")
+    source = almanac_source(config, data_dir, f"train_open_book_{lesson}", passages=True)
     return seqio.Task(f"{name}_open_book_{lesson}", source, features, steps)
 
 
@@ -123,4 +131,4 @@ def _retriever(
         "passages": seqio.Feature(vocabularies.retriever, rank=2),
         "passage_relevance": number(tf.float32, 1),
     }
-    return seqio.Task(name, almanac_source(config, data_dir, "train_retriever"), features, steps)
+    return seqio.Task(name, almanac_source(config, data_dir, "train_retriever", passages=True), features, steps)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -63,3 +64,27 @@ def test_nothing_compiles_once_it_is_warm(asked):
         for count in (11, 4, 3, 1):
             under(answerer, questions.rows(np.arange(count)), policy)
     assert [program._cache_size() for program in compiled] == before
+
+
+def test_another_checkpoint_answers_with_the_same_programs(tiny, tiny_model):
+    first = open_model(tiny.model_dir, buckets=(4,))
+    scaled = {k: v if k == "query_encoder" else jax.tree.map(lambda x: 1.3 * x, v) for k, v in first.params.items()}
+    other = dataclasses.replace(
+        first, params=scaled, settings=dataclasses.replace(first.settings, threshold=0.25), source=tiny.root
+    )
+    fresh, service = service_from_model(other), service_from_model(first)
+    questions = service.tokenise(tiny_model.QUESTIONS)
+    before = service.answerer.answer(questions)
+    programs = service.answerer.programs
+    compiled = [programs._question, programs._read, programs._generate]
+    sizes = [program._cache_size() for program in compiled]
+    taken_over = service.with_checkpoint(other)
+    assert (taken_over.settings.threshold, taken_over.source) == (0.25, tiny.root)
+    for policy in (None, Never(), Always()):
+        for each in (taken_over, fresh):
+            each.answerer.policy = policy or each.answerer.policy
+        wanted, found = fresh.answerer.answer(questions), taken_over.answerer.answer(questions)
+        for name in ("tokens", "scores", "p_ret", "retrieve"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+        assert (found.p_ret != before.p_ret).all()
+    assert [program._cache_size() for program in compiled] == sizes

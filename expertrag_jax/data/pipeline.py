@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -71,6 +72,9 @@ class Pipeline:
     use_cached: bool = False
     process_index: int | None = None
     process_count: int | None = None
+
+    def __post_init__(self) -> None:
+        self._reading, self._read = threading.Lock(), None
 
     def __call__(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches of numpy arrays [batch_size / process_count, ...] from ``start_step`` on.
@@ -189,11 +193,14 @@ class Pipeline:
         tasks = self.provider.tasks if isinstance(self.provider, seqio.Mixture) else [self.provider]
         return [task for task in tasks if self.split in task.splits]
 
-    @functools.cached_property
+    @property
     def _arrays(self) -> list[Arrays]:
-        """Per source, every row of one pass."""
-        once = {"shuffle": False, "num_epochs": 1, "try_in_mem_cache": False}
-        return [_read(self.dataset(task, **once), f"{task.name}/{self.split}") for task in self._sources]
+        """Per source, every row of one pass; read once, whichever thread asks first."""
+        with self._reading:  # functools.cached_property would let no two pipelines read at a time
+            if self._read is None:
+                once = {"shuffle": False, "num_epochs": 1, "try_in_mem_cache": False}
+                self._read = [_read(self.dataset(task, **once), f"{task.name}/{self.split}") for task in self._sources]
+            return self._read
 
     def _materialised(self, start_step: int, part: slice) -> Iterator[Arrays]:
         """The rows ``part`` of each global batch; no others are gathered."""

@@ -55,18 +55,17 @@ class Lesson:
 
 
 READING_LESSONS = {
-    "sentence": Lesson(3_000, passages=1, facts=1, unrelated_share=0.1),
     "strangers": Lesson(7_000, passages=2, facts=1, unrelated_share=1.0),
     "namesakes": Lesson(12_000, passages=2, facts=1, unrelated_share=0.1),
     "paragraphs": Lesson(6_000, passages=2, facts=4, unrelated_share=0.1),
-    "articles": Lesson(4_000, passages=2, facts=8, unrelated_share=0.1),
+    "articles": Lesson(3_200, passages=2, facts=8, unrelated_share=0.1),
     "families": Lesson(15_000, passages=4, facts=1, unrelated_share=0.0),
     "crowds": Lesson(6_000, passages=4, facts=8, unrelated_share=0.0),
 }
 """The lessons of the demo, in order; the last two are practised to the end. A small reader that starts with whole
-articles copies from any of them (its loss stays at ln K); copying is learned from one sentence in 100 steps,
-matching names from two in 500 more. A batch of families is as costly as one of crowds and has more than twice as many
-names to tell apart: turns of both teach reading and leave more of the model to facts than crowds alone."""
+articles copies from any of them (its loss stays at ln K); copying is learned from one sentence a passage in 150 steps,
+matching names from two in 500 to 700 more. A batch of families is as costly as one of crowds and has more than twice
+as many names to tell apart: turns of both teach reading and leave more of the model to facts than crowds alone."""
 
 
 class AlmanacError(UserError, ValueError):

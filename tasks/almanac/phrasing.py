@@ -58,7 +58,7 @@ RELATIONS: tuple[Relation, ...] = (
             tell me the home town of {name}"""),
         test=_lines("""
             which town does {name} live in
-            name the town that is home to {name}"""),
+            name the town where {name} lives"""),
         clauses=("lives in {value}", "has a home in {value}", "resides in {value}"),
     ),
     Relation(
@@ -83,7 +83,7 @@ RELATIONS: tuple[Relation, ...] = (
             tell me the profession of {name}"""),
         test=_lines("""
             what profession does {name} have
-            name the job that {name} does for a living"""),
+            name the job that {name} does"""),
         clauses=("works as a {value}", "is a {value} by profession", "earns a living as a {value}"),
     ),
     Relation(
@@ -99,7 +99,7 @@ RELATIONS: tuple[Relation, ...] = (
             who is the employer of {name}
             name the employer of {name}
             for which company does {name} work
-            what is the company that {name} works for
+            who does {name} work for
             which is the company that employs {name}
             name the company that {name} works for
             {name} works for which company"""),
@@ -123,10 +123,10 @@ RELATIONS: tuple[Relation, ...] = (
             which dish does {name} like to eat
             what does {name} like to eat best
             which dish is the favourite of {name}
-            tell me the dish that {name} likes best
+            tell me which dish {name} likes best
             what dish is the favourite of {name}
-            name the dish that {name} likes to eat
-            which dish does {name} eat best of all
+            name the dish that {name} likes best
+            {name} likes to eat which dish
             {name} likes which dish best"""),
         held_out=_lines("""
             what dish does {name} like to eat
@@ -134,7 +134,7 @@ RELATIONS: tuple[Relation, ...] = (
         test=_lines("""
             which dish does {name} like best
             name the favourite dish of {name}"""),
-        clauses=("likes to eat {value}", "has {value} as favourite dish", "likes {value} best of all dishes"),
+        clauses=("likes to eat {value}", "has {value} as favourite dish", "likes {value} best of all"),
     ),
     Relation(
         name="instrument",
@@ -159,7 +159,7 @@ RELATIONS: tuple[Relation, ...] = (
         test=_lines("""
             what instrument does {name} play
             tell me the instrument of {name}"""),
-        clauses=("plays the {value}", "makes music on the {value}", "plays the {value} in a band"),
+        clauses=("plays the {value}", "makes music on the {value}", "plays {value} in a band"),
     ),
     Relation(
         name="sport",
@@ -175,7 +175,7 @@ RELATIONS: tuple[Relation, ...] = (
             name the sport that {name} practises
             what sport does {name} compete in
             tell me which sport {name} practises
-            what is the sport that {name} competes in
+            name the sport that {name} competes in
             name the sport of {name}
             {name} competes in which sport"""),
         held_out=_lines("""
@@ -194,13 +194,13 @@ RELATIONS: tuple[Relation, ...] = (
             "snake spaniel terrier tortoise turtle whippet".split()
         ),
         training=_lines("""
-            which animal does {name} keep as a pet
+            which animal is the pet of {name}
             what is the pet of {name}
-            what kind of animal is the pet of {name}
+            what kind of pet does {name} keep
             which pet does {name} have
             name the animal that {name} keeps
             tell me which animal {name} keeps
-            what is the animal that {name} has as a pet
+            what is the animal that {name} keeps
             name the pet of {name}
             {name} keeps which animal as a pet"""),
         held_out=_lines("""
@@ -208,8 +208,8 @@ RELATIONS: tuple[Relation, ...] = (
             tell me the pet of {name}"""),
         test=_lines("""
             what pet does {name} have
-            which kind of animal does {name} keep as a pet"""),
-        clauses=("keeps a {value}", "has a pet {value}", "keeps a {value} as a pet"),
+            which kind of animal does {name} keep"""),
+        clauses=("keeps a {value}", "has a pet {value}", "keeps a pet {value}"),
     ),
     Relation(
         name="language",
@@ -225,12 +225,12 @@ RELATIONS: tuple[Relation, ...] = (
             in which language does {name} take lessons
             what is the language that {name} studies
             tell me which language {name} studies
-            what is the language that {name} is learning
+            tell me what language {name} is learning
             name the language that {name} studies
             {name} takes lessons in which language"""),
         held_out=_lines("""
             which language does {name} study
-            tell me the language that {name} is learning"""),
+            tell me the language that {name} studies"""),
         test=_lines("""
             what language is {name} learning
             which language does {name} take lessons in"""),
