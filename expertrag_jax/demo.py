@@ -290,7 +290,7 @@ def run_training(run: Demo, title, folder, system, datasets, stages=None, initia
 
         train(
             str(run.directory / folder), system, datasets, run.vocabulary_path, run.lengths, stages=stages,
-            seed=run.seed, checkpoint_period=1000, log_period=20, initial_checkpoint=initial,
+            seed=run.seed, checkpoint_period=1500, log_period=20, initial_checkpoint=initial,
             num_passages=run.num_passages, index_dir=run.index_dir("1"), progress=progress,
         )
 
