@@ -1,7 +1,9 @@
 """Pipelines: contents against a plain-Python reading of the records, order, resuming, errors."""
 
+import concurrent.futures
 import copy
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -60,6 +62,26 @@ def test_an_example_is_a_batch_where_the_rows_are_in_memory(questions):
     (example,) = make(questions.task()).example_batches(7)
     assert_same(example, next(make(questions.task())(0)))
     assert make(questions.task(), materialise=False).example_batches() == []
+
+
+def test_one_is_read_once_and_two_at_a_time(questions, monkeypatch):
+    reading, most, reads = [], [], []
+
+    def read(ds, name):
+        reading.append(name)
+        time.sleep(0.3)  # long enough for whoever else is allowed in
+        most.append(len(reading))
+        reading.remove(name)
+        reads.append(name)
+        return original(ds, name)
+
+    original = pipeline_module._read
+    monkeypatch.setattr(pipeline_module, "_read", read)
+    one, two = make(questions.task()), make(questions.task())
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda pipeline: pipeline.check(), (one, one, two)))
+    assert len(reads) == 2 and max(most) == 2
+    assert_same(next(one(0)), next(two(0)))
 
 
 @pytest.mark.parametrize("materialise", [True, False])
