@@ -45,9 +45,10 @@ class Service:
         )
 
     def with_checkpoint(self, model: Model) -> Service:
-        """This service with the parameters, threshold and sizes of another checkpoint of the same system.
+        """This service with the parameters and the threshold of another checkpoint of the same system.
 
-        The compiled programs stay, and so does the index; the old service, which shares them, is used up.
+        Sizes and query encoder must be the same. The compiled programs stay, and so does the index; the old service,
+        which shares them, is used up.
         """
         self.answerer.programs.params = model.params
         self.answerer.policy = assembly.make_policy("gate", model.settings.threshold)

@@ -23,8 +23,12 @@ def check_all(pipelines: Sequence[Batches]) -> None:
     """Lets each of them that can ``check`` what it will serve do so, two at a time, since one leaves processors idle;
     raises what the first bad one raises."""
     with concurrent.futures.ThreadPoolExecutor(2, "check") as threads:
-        for checked in [threads.submit(getattr(pipeline, "check", lambda: None)) for pipeline in pipelines]:
-            checked.result()
+        checks = [threads.submit(getattr(pipeline, "check", lambda: None)) for pipeline in pipelines]
+        try:
+            for check in checks:
+                check.result()
+        finally:
+            threads.shutdown(cancel_futures=True)  # after a bad one no other is begun
 
 
 def example_batches_of(pipelines: Sequence[Batches]) -> list[Batch]:

@@ -74,7 +74,7 @@ class Pipeline:
     process_count: int | None = None
 
     def __post_init__(self) -> None:
-        self._reading, self._read = threading.Lock(), None
+        self._reading, self._rows = threading.Lock(), None
 
     def __call__(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches of numpy arrays [batch_size / process_count, ...] from ``start_step`` on.
@@ -197,10 +197,10 @@ class Pipeline:
     def _arrays(self) -> list[Arrays]:
         """Per source, every row of one pass; read once, whichever thread asks first."""
         with self._reading:  # functools.cached_property would let no two pipelines read at a time
-            if self._read is None:
+            if self._rows is None:
                 once = {"shuffle": False, "num_epochs": 1, "try_in_mem_cache": False}
-                self._read = [_read(self.dataset(task, **once), f"{task.name}/{self.split}") for task in self._sources]
-            return self._read
+                self._rows = [_read(self.dataset(task, **once), f"{task.name}/{self.split}") for task in self._sources]
+            return self._rows
 
     def _materialised(self, start_step: int, part: slice) -> Iterator[Arrays]:
         """The rows ``part`` of each global batch; no others are gathered."""
