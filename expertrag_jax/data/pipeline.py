@@ -31,7 +31,7 @@ class Pipeline:
 
     One global order, fixed by the seed: the batch of step s holds positions s * batch_size up to
     (s + 1) * batch_size, and process i of n gets its i-th contiguous slice. Starting at any step gives the
-    same batches as running up to it, on any number of processes.
+    same batches as running up to it, on any number of processes (but see ``shard_source``).
 
     Example:
       >>> pipeline = Pipeline("trivia_qa", {"inputs": 64, "targets": 16, "query": 64}, batch_size=32)
@@ -55,6 +55,10 @@ class Pipeline:
         (retrieval included) then happens once in each process, which gathers its own rows of a batch. False
         streams through tf.data: any size, shuffled within SeqIO's buffer, every process prepares the whole
         batch, and resuming replays the stream up to the step.
+      shard_source: each process reads and prepares its own part of the source alone: its files, where there are
+        at least as many as processes, else its share of the examples. Then the batches depend on the number of
+        processes, and a run goes on exactly with that number only. For endless data: passes over parts of different
+        sizes would end at different steps.
       use_cached: read SeqIO's offline cache of the task.
       process_index, process_count: None asks JAX.
     """
@@ -69,6 +73,7 @@ class Pipeline:
     pack: bool = False
     feature_converter: seqio.FeatureConverter | None = None
     materialise: bool = True
+    shard_source: bool = False
     use_cached: bool = False
     process_index: int | None = None
     process_count: int | None = None
@@ -84,7 +89,11 @@ class Pipeline:
             processes do not divide.
         """
         part = self._process_slice()
-        batches = self._materialised(start_step, part) if self.materialise else self._streamed(start_step, part)
+        batches = self._materialised if self.materialise else self._streamed
+        if self.shard_source:  # all that is read is this process's
+            batches = batches(start_step, part.stop - part.start, slice(0, part.stop - part.start))
+        else:
+            batches = batches(start_step, self.batch_size, part)
         for arrays in batches:
             yield Batch(**arrays)
 
@@ -135,14 +144,23 @@ class Pipeline:
         """Batches of one pass, the last partial one included; materialises the task."""
         return -(-self.num_examples // self.batch_size)
 
-    def _process_slice(self) -> slice:
-        index, count = self.process_index, self.process_count
-        if index is None or count is None:
-            import jax  # here, so that reading data on one host starts no JAX backend before it is needed
+    def _process(self) -> tuple[int, int]:
+        """(index of this process, how many there are)."""
+        if self.process_index is not None and self.process_count is not None:
+            return self.process_index, self.process_count
+        import jax  # here, so that reading data on one host starts no JAX backend before it is needed
 
-            index, count = jax.process_index(), jax.process_count()
+        return jax.process_index(), jax.process_count()
+
+    def _process_slice(self) -> slice:
+        index, count = self._process()
         if self.batch_size % count:
             raise UserError(f"BATCH_SIZE {self.batch_size} is not a multiple of the {count} processes")
+        if self.shard_source and not self.repeat:
+            raise UserError(
+                "shard_source is for data without an end (repeat): the processes' parts of the source differ in size, "
+                "so that one pass would end at different steps. Set Pipeline.shard_source to False."
+            )
         local = self.batch_size // count
         return slice(index * local, (index + 1) * local)
 
@@ -167,11 +185,13 @@ class Pipeline:
         _leave_accelerators_to_jax()
         lengths = self._lengths()
         self._check_cached()
+        shard = seqio.ShardInfo(*self._process()) if self.shard_source else None
         ds = (provider or self.provider).get_dataset(
             lengths,
             split=self.split,
             seed=self.seed,
             use_cached=self.use_cached,
+            shard_info=shard,
             trim_output_features=False,  # the converter cuts whole chunks, at a tenth of the cost
             **options,
         )
@@ -202,8 +222,8 @@ class Pipeline:
                 self._rows = [_read(self.dataset(task, **once), f"{task.name}/{self.split}") for task in self._sources]
             return self._rows
 
-    def _materialised(self, start_step: int, part: slice) -> Iterator[Arrays]:
-        """The rows ``part`` of each global batch; no others are gathered."""
+    def _materialised(self, start_step: int, batch_size: int, part: slice) -> Iterator[Arrays]:
+        """The rows ``part`` of each batch of ``batch_size``; no others are gathered."""
         arrays = self._arrays
         orders = [Order(len(next(iter(a.values()))), self.seed, self.shuffle) for a in arrays]
         mixture = len(arrays) > 1
@@ -215,7 +235,7 @@ class Pipeline:
         mixed = Mixed(tuple(orders), rates, self.seed)
         steps = itertools.count(start_step) if self.repeat else range(start_step, self.steps_per_pass)
         for step in steps:
-            positions = step * self.batch_size + np.arange(part.start, part.stop)
+            positions = step * batch_size + np.arange(part.start, part.stop)
             if mixture:
                 yield _gather_mixed(arrays, *mixed.at(positions))
             elif self.repeat:
@@ -224,19 +244,19 @@ class Pipeline:
                 here = orders[0].at(positions[positions < orders[0].count])
                 yield _filled(_gather(arrays[0], here), len(positions))
 
-    def _streamed(self, start_step: int, part: slice) -> Iterator[Arrays]:
-        """The rows ``part`` of each global batch.
+    def _streamed(self, start_step: int, batch_size: int, part: slice) -> Iterator[Arrays]:
+        """The rows ``part`` of each batch of ``batch_size``.
 
-        Every process prepares all rows: what comes before may drop, split and shuffle examples, so that a row's place
+        A process prepares all rows of it: what comes before may drop, split and shuffle examples, so that a row's place
         in the batch is known only when nothing is left to do to it.
         """
         ds = self.dataset(shuffle=self.shuffle, num_epochs=None if self.repeat else 1)
-        ds = ds.batch(self.batch_size).skip(start_step).prefetch(2)
+        ds = ds.batch(batch_size).skip(start_step).prefetch(2)
         options = tf.data.Options()
         options.deterministic = True
         with user_errors():
             for arrays in ds.with_options(options).as_numpy_iterator():
-                yield {name: array[part] for name, array in _filled(arrays, self.batch_size).items()}
+                yield {name: array[part] for name, array in _filled(arrays, batch_size).items()}
 
 
 def _leave_accelerators_to_jax() -> None:

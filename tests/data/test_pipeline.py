@@ -8,12 +8,14 @@ import time
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 
 from expertrag_jax import evidence
 from expertrag_jax.data import pipeline as pipeline_module
 from expertrag_jax.data.order import Order
 from expertrag_jax.data.pipeline import Pipeline
-from expertrag_jax.data.question_tasks import register
+from expertrag_jax.data.preprocessors import record
+from expertrag_jax.data.question_tasks import question_task, register
 from expertrag_jax.errors import UserError
 from expertrag_jax.gate import policy
 
@@ -156,6 +158,56 @@ def test_any_number_of_processes_goes_on_at_any_step(questions):
         np.testing.assert_array_equal(joined, whole[start].example_ids)
     with pytest.raises(UserError, match="not a multiple of the 3 processes"):
         next(processes(pipeline, 3)[0](0))
+
+
+@pytest.fixture
+def four_files(vocabularies, tmp_path):
+    """(their paths, a task over them): 12 lines each of id, question and answer; file f has ids from 100 f."""
+    paths = [tmp_path / f"questions-{number}.tsv" for number in range(4)]
+    for number, path in enumerate(paths):
+        path.write_text("".join(f"{100 * number + i}\twhat is red {i}\tblue\n" for i in range(12)))
+
+    def to_record(line):
+        number, question, answer = tf.unstack(tf.strings.split(line, "\t"), 3)
+        return record(question, answer[None], tf.strings.to_number(number, tf.int64), None, None)
+
+    source = seqio.FileDataSource(tf.data.TextLineDataset, {"train": [str(path) for path in paths]})
+    return paths, question_task("four_files", source, to_record, vocabularies, "closed_book")
+
+
+@pytest.mark.parametrize("materialise", [True, False])
+def test_with_shard_source_a_process_reads_its_own_files(four_files, materialise):
+    paths, task = four_files
+    for path in paths[::2]:
+        path.write_text("no number\twhat\tblue\n")  # whoever reads it, fails
+    first, second = (
+        make(task, materialise=materialise, shuffle=materialise, shard_source=True, process_index=i, process_count=2)
+        for i in (0, 1)  # SeqIO shuffles a stream over the ends of passes
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match="no number"):
+        next(first(0))
+    batches = list(itertools.islice(second(0), 12))
+    assert [batch.size for batch in batches] == [4] * 12
+    ids = np.concatenate([batch.example_ids for batch in batches]).reshape(2, 24)
+    expected = [100 + i for i in range(12)] + [300 + i for i in range(12)]
+    assert sorted(ids[0]) == sorted(ids[1]) == expected  # two passes
+    assert (ids[0].tolist() != ids[1].tolist()) == materialise
+    assert_same(next(second(7)), batches[7])
+
+
+@pytest.mark.parametrize("materialise", [True, False])
+def test_with_shard_source_and_one_file_the_processes_share_its_examples(questions, materialise):
+    seen = []
+    for index, count in enumerate((10, 9, 9, 9)):
+        part = make(questions.task(), 4, shard_source=True, materialise=materialise, shuffle=materialise)
+        part.process_index, part.process_count = index, 4
+        seen += [batch.example_ids.item() for batch in itertools.islice(part(0), count)]
+    assert sorted(seen) == sorted(r["id"] for r in questions.records)
+
+
+def test_with_shard_source_one_pass_is_refused(four_files):
+    with pytest.raises(UserError, match="one pass would end at different steps"):
+        next(make(four_files[1], shard_source=True, repeat=False)(0))
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "one pass", "mixture"])
