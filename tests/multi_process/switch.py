@@ -28,8 +28,8 @@ MESHES = {
 class Switch:
     """Regression with one residual layer of experts; a routing group is a row, so an expert has one slot in it."""
 
-    def __init__(self):
-        self.phases = (Phase("all", 4, loss, lambda: optax.adam(0.02)),)
+    def __init__(self, steps: int = 4):
+        self.phases = (Phase("all", steps, loss, lambda: optax.adam(0.02)),)
 
     def init(self, rng):
         return generator.plain(boxed(rng))
