@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -23,13 +24,19 @@ MESHES = {
     "expert8": partitioning.MeshConfig(data=1, expert=8),
     "data2_expert4": partitioning.MeshConfig(data=2, expert=4),
 }
+OTHERS = {  # ways to the experts, on the second mesh
+    "dropless": LAYER.clone(dispatch="dropless"),
+    "expert_choice": LAYER.clone(routing="expert_choice"),
+}
+RUNS = {name: (LAYER, mesh) for name, mesh in MESHES.items()}
+RUNS |= {name: (layer, MESHES["data2_expert4"]) for name, layer in OTHERS.items()}
 
 
 class Switch:
     """Regression with one residual layer of experts; a routing group is a row, so an expert has one slot in it."""
 
-    def __init__(self, steps: int = 4):
-        self.phases = (Phase("all", steps, loss, lambda: optax.adam(0.02)),)
+    def __init__(self, steps: int = 4, layer: MixtureOfExperts = LAYER):
+        self.phases = (Phase("all", steps, functools.partial(loss, layer), lambda: optax.adam(0.02)),)
 
     def init(self, rng):
         return generator.plain(boxed(rng))
@@ -44,11 +51,11 @@ def boxed(rng):
     return LAYER.init(rng, batch["x"][:1], batch["valid"][:1], True)["params"]
 
 
-def loss(params, batch, rng):
+def loss(layer, params, batch, rng):
     """Mean squared error over valid tokens, and the router's losses; ``rng`` None: evaluation, which drops nothing."""
     rngs = None if rng is None else {"jitter": rng}
     x, valid = batch["x"], batch["valid"]
-    y, state = LAYER.apply({"params": params}, x, valid, rng is None, rngs=rngs, mutable=["router"])
+    y, state = layer.apply({"params": params}, x, valid, rng is None, rngs=rngs, mutable=["router"])
     error, count = (((x + y - batch["y"]) ** 2).mean(-1) * valid).sum(), valid.sum()
     router, metrics = generator.router_losses(state["router"], 0.01, 1e-3)
     figures = state["router"]["statistics"][0]
@@ -70,17 +77,18 @@ def own_rows(position: int) -> dict[str, np.ndarray]:
     return {name: value[start : start + size] for name, value in rows(position).items()}
 
 
-def run(model_dir: Path, mesh: str, measured: bool = False):
-    """Trains 4 steps on a mesh of ``MESHES``, or reads the state after them; ``measured``: logs ``eval/loss`` of it."""
-    mesh = partitioning.make_mesh(MESHES[mesh])
-    evaluate = jax.jit(lambda params, batch: loss(params, batch, None)[1])
+def run(model_dir: Path, name: str, measured: bool = False):
+    """Trains 4 steps of one of ``RUNS``, or reads the state after them; ``measured``: logs ``eval/loss`` of it."""
+    layer, mesh = RUNS[name]
+    mesh = partitioning.make_mesh(mesh)
+    evaluate = jax.jit(lambda params, batch: loss(layer, params, batch, None)[1])
 
     def measure(params, step):
         metrics = evaluate(params, partitioning.global_batch(own_rows(1000), mesh))
         return {name: metrics[name][0] / metrics[name][1] for name in ("loss", "fullest", "router/dropped")}
 
     return loop.train(
-        Switch(),
+        Switch(layer=layer),
         {"all": lambda start: map(own_rows, itertools.count(start))},
         model_dir,
         mesh=mesh,

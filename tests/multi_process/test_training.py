@@ -63,7 +63,8 @@ def finished(train, folder, count, *arguments):
 
 @pytest.fixture(scope="module")
 def two_by_four(train, tmp_path_factory):
-    return finished(train, tmp_path_factory.mktemp("two"), 2, "--experts=expert8", "--measured")
+    runs = [f"--experts={name}" for name in switch.RUNS]
+    return finished(train, tmp_path_factory.mktemp("two"), 2, *runs, "--measured")
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +102,8 @@ def one_with_experts(tmp_path_factory, fast_compile):
     return model_dir
 
 
-@pytest.mark.parametrize(
-    "layout,mesh", [("two_by_four", "expert8"), ("four_by_two", "expert8"), ("four_by_two", "data2_expert4")]
-)
+@pytest.mark.parametrize("layout", ["two_by_four", "four_by_two"])
+@pytest.mark.parametrize("mesh", switch.MESHES)
 def test_experts_of_several_processes_give_the_losses_of_one(one_with_experts, layout, mesh, request):
     names = ("loss", "router/balance_loss", "router/dropped")
     expected = logged(one_with_experts, *names)
@@ -111,6 +111,17 @@ def test_experts_of_several_processes_give_the_losses_of_one(one_with_experts, l
     assert list(found) == list(expected) == [1, 2, 3, 4]
     for step, values in expected.items():
         assert values[2] > 0.1, step
+        assert found[step] == pytest.approx(values, rel=1e-5), step
+
+
+@pytest.mark.parametrize("name", switch.OTHERS)
+def test_other_ways_to_the_experts_give_the_losses_of_one_process(name, two_by_four, tmp_path, fast_compile):
+    switch.run(tmp_path, name)
+    names = ("loss", "router/balance_loss", "router/dropped")
+    expected, found = logged(tmp_path, *names), logged(two_by_four.with_name(name), *names)
+    assert list(found) == list(expected) == [1, 2, 3, 4]
+    for step, values in expected.items():
+        assert (values[2] == 0) == (name == "dropless"), step  # no expert chose a fourth of the tokens
         assert found[step] == pytest.approx(values, rel=1e-5), step
 
 

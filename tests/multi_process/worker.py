@@ -1,7 +1,7 @@
 """One of several processes that train the toy system: ``python worker.py MODEL_DIR --count 2 --index 0 --address ...``.
 
 The mesh is data=4 x fsdp=2 whichever way the eight devices lie. Process 0 leaves ``logs/final.npz``: every leaf of the
-final state, whole. ``--experts MESH`` trains the sparse system of ``switch.py`` too, beside MODEL_DIR: that costs less
+final state, whole. ``--experts RUN`` trains the sparse system of ``switch.py`` too, beside MODEL_DIR: that costs less
 than processes of its own.
 """
 
@@ -76,8 +76,8 @@ def leave(model_dir: Path, state) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model_dir", type=Path)
-    parser.add_argument("--experts", action="append", default=[], choices=switch.MESHES)
-    parser.add_argument("--measured", action="store_true", help="the sparse system is also evaluated")
+    parser.add_argument("--experts", action="append", default=[], choices=switch.RUNS)
+    parser.add_argument("--measured", action="store_true", help="the sparse system is also evaluated on expert8")
     parser.add_argument("--address")
     parser.add_argument("--count", type=int)
     parser.add_argument("--index", type=int)
@@ -95,9 +95,9 @@ def main() -> None:
         time.sleep(3)  # the runtime looks for a SIGTERM once a second, and the steps left take less
 
     leave(arguments.model_dir, run(arguments.model_dir, at=arguments.signal_at if chosen else None, then=send))
-    for mesh in arguments.experts:
-        folder = arguments.model_dir.with_name(mesh)
-        leave(folder, switch.run(folder, mesh, arguments.measured))
+    for name in arguments.experts:
+        folder = arguments.model_dir.with_name(name)
+        leave(folder, switch.run(folder, name, arguments.measured and name == "expert8"))
 
 
 if __name__ == "__main__":
