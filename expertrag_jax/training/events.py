@@ -43,7 +43,12 @@ class Events:
 
     def close(self) -> None:
         """Writes what is still in memory."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError:
+            # Or the file would be closed once more when it is deleted, and from Python 3.13 on the error be told again.
+            self._writer._py_recordio_writer._writer.raw.close()
+            raise
 
     def _add(self, step: int, **content: Any) -> None:
         self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
