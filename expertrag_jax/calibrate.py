@@ -22,6 +22,7 @@ FLAGS = {
     "--index_dir": ("index_dir", "index to search, in place of the training's"),
     "--rule": ("rule", "how answers are scored: squad1, squad2, hotpot or kilt"),
     "--price": ("price", "accuracy that a retrieval must be worth, a fraction, in place of the training's"),
+    "--budget": ("budget", "highest fraction of the questions that may retrieve (default: 1)"),
     "--overwrite": ("overwrite", "replace an earlier calibration"),
 }
 MACROS = ("MODEL_DIR", "CHECKPOINT_PATH", "INDEX_DIR")
@@ -35,12 +36,14 @@ def calibrate(
     index_dir: str | None = None,
     rule: str = "squad1",
     price: float | None = None,
+    budget: float = 1.0,
     overwrite: bool = False,
 ) -> gate_training.Calibration:
     """Fits Platt's line and chooses the threshold; see ``gate_training.calibrate``.
 
     Args:
       price: accuracy that one retrieval per question must be worth; None: the RETRIEVAL_COST of the training.
+      budget: highest fraction of the questions that may retrieve, of those where it is worth the price.
       rule: how answers are scored. The rest: see the flags.
     Raises:
       UserError: bad input, or an earlier calibration and no ``overwrite``.
@@ -56,9 +59,11 @@ def calibrate(
     price = model.system.retrieval_cost if price is None else price
     if not 0 <= price <= 1:
         raise UserError(f"--price={price}: the accuracy that a retrieval must be worth is a number from 0 to 1.")
+    if not 0 <= budget <= 1:
+        raise UserError(f"--budget={budget}: the fraction of the questions that may retrieve is a number from 0 to 1.")
     service = service_from_model(model, "gate", index_dir)
     arms = answer_both(service, asked, rule)
-    found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, price)
+    found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, price, budget)
     path = found.write(model_dir, model.source.name)
     print(
         f"threshold {found.threshold:.4f}: on {found.questions} questions, accuracy {found.accuracy:.4f} at a "

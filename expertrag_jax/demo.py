@@ -124,6 +124,7 @@ class Demo:
     retriever_batch: int
     gate_batch: int
     num_passages: int
+    retrieval_budget: float
     seed: int
     stages: Stages
 
@@ -150,6 +151,7 @@ def demo(
     retriever_batch: int = 128,
     gate_batch: int = 256,
     num_passages: int = 4,
+    retrieval_budget: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Runs the almanac: trains, gates, evaluates on two editions of the corpus, exports, answers.
@@ -161,6 +163,7 @@ def demo(
       task_feature_lengths: of ``inputs`` (questions), ``targets``, ``query`` and ``passages`` (the reader's input).
       passage_length: tokens of an article in the index. vocabulary_size: pieces at most.
       retriever_batch, gate_batch: batch sizes. num_passages: K. seed: of training and measuring.
+      retrieval_budget: highest fraction of the validation questions that may retrieve.
     Returns:
       The report, as in ``report.json``.
     """
@@ -177,7 +180,7 @@ def demo(
     stages = Stages(NUM_STAGES)
     run = Demo(
         directory, generated, retriever, system, schedule, measuring, dict(task_feature_lengths), passage_length,
-        retriever_batch, gate_batch, num_passages, seed, stages,
+        retriever_batch, gate_batch, num_passages, retrieval_budget, seed, stages,
     )
     tasks = generate(run, world, vocabulary_size)
     train_retriever(run, tasks)
@@ -320,7 +323,9 @@ def train_gate(run: Demo, world: AlmanacConfig) -> Service:
         questions = service.tokenise([record["question"] for record in records])
         arms = comparison.run_arms(service.answerer, questions, correctness(records, vocabulary))
         price = run.system.retrieval_cost
-        found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, price)
+        found = gate_training.calibrate(
+            arms.p_ret, arms.correct_without, arms.correct_with, price, run.retrieval_budget
+        )
         found.write(run.directory / "model", model.source.name)
         advance(note=f"threshold {found.threshold:.3f}, validation rate {found.retrieval_rate:.2f}")
     return service.with_checkpoint(model.calibrated(found.threshold, found.scale, found.bias))

@@ -127,18 +127,19 @@ class Calibration:
 
 
 def calibrate(
-    p_ret: np.ndarray, correct_without: np.ndarray, correct_with: np.ndarray, price: float
+    p_ret: np.ndarray, correct_without: np.ndarray, correct_with: np.ndarray, price: float, budget: float = 1.0
 ) -> Calibration:
     """Fits Platt's line and chooses the threshold on N validation questions.
 
     Args:
       p_ret: [N] float32 of an uncalibrated gate. correct_without, correct_with: [N] bool, either arm's answer.
-      price: accuracy that one retrieval per question must be worth, a fraction; see ``choose_threshold``.
+      price: accuracy that one retrieval per question must be worth, a fraction; budget: highest fraction of the
+        questions that may retrieve. See ``choose_threshold``.
     """
     logit = np.log(np.clip(p_ret, 1e-7, 1 - 1e-7)) - np.log1p(-np.clip(p_ret, 1e-7, 1 - 1e-7))
     scale, bias = calibration.fit_platt(logit, ~correct_without & correct_with)
     calibrated = (1 / (1 + np.exp(-(scale * logit + bias)))).astype(np.float32)
-    choice = calibration.choose_threshold(calibrated, correct_without, correct_with, price)
+    choice = calibration.choose_threshold(calibrated, correct_without, correct_with, price, budget=budget)
     return Calibration(
         scale=float(scale),
         bias=float(bias),

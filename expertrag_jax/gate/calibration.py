@@ -82,9 +82,12 @@ class ThresholdChoice:
 
 
 def choose_threshold(
-    p_ret: Any, correct_without: Any, correct_with: Any, price: float, smoothing: float = 0.03
+    p_ret: Any, correct_without: Any, correct_with: Any, price: float, smoothing: float = 0.03, budget: float = 1.0
 ) -> ThresholdChoice:
     """Cut p_ret on validation questions where accuracy - price * rate is highest: the gate's own objective.
+
+    Near its top this is flat, so a price alone leaves the rate to chance: other questions of the same kind choose one
+    ten points away. Where a rate must not be exceeded, or shall be used, a ``budget`` with a low price fixes it.
 
     Which of a hundred neighbouring questions evidence helps is chance, and the highest of raw sums follows it. So
     each question's gain (correct with minus correct without) is first replaced by a mean over its neighbours in
@@ -95,13 +98,14 @@ def choose_threshold(
       correct_without, correct_with: [N] bool or scores in [0, 1], the answer without and with evidence.
       price: accuracy that one retrieval per question must be worth, a fraction.
       smoothing: standard deviation of the neighbours' Gaussian weights, as a fraction of N; 0: raw gains.
+      budget: highest fraction of the questions that may retrieve.
 
     Returns:
       the choice, the lowest rate among equals; its threshold is a float32 between two questions' probabilities, so
       that it cuts the same in numpy and on an accelerator.
 
     Raises:
-      ValueError: no questions, shapes that differ, or a negative smoothing.
+      ValueError: no questions, shapes that differ, a negative smoothing or a budget outside of [0, 1].
     """
     p_ret = np.asarray(p_ret, np.float32)  # the gate's precision: what is equal there is equal here
     without, with_ = np.asarray(correct_without, np.float64), np.asarray(correct_with, np.float64)
@@ -109,6 +113,8 @@ def choose_threshold(
         raise ValueError(f"shapes {p_ret.shape}, {without.shape}, {with_.shape} must be equal and not empty")
     if smoothing < 0:
         raise ValueError(f"smoothing is {smoothing}, it must not be negative")
+    if not 0 <= budget <= 1:
+        raise ValueError(f"budget is {budget}, it must lie in [0, 1]")
     order = np.argsort(-p_ret, kind="stable")
     sorted_p, gain = p_ret[order], (with_ - without)[order]
     first = np.r_[True, sorted_p[1:] != sorted_p[:-1]]  # of a group of equal probabilities, which have no order
@@ -119,6 +125,7 @@ def choose_threshold(
         smooth = gaussian_filter1d(smooth, smoothing * len(gain), mode="reflect")
     utility = np.concatenate([[0], np.cumsum(smooth - price)])
     utility = np.where(np.r_[first, True], utility, -np.inf)  # a cut inside a group does not exist
+    utility[int(budget * len(gain) + 1e-9) + 1 :] = -np.inf
     # 1e-9: sums in another order must not turn equal into less.
     retrieved = int(np.argmax(utility >= utility.max() - 1e-9))
     return ThresholdChoice(

@@ -14,7 +14,7 @@ from tasks.almanac.config import AlmanacConfig
 from tasks.almanac.examples import splits
 from tasks.almanac.world import World
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"  # of what the same configuration generates
 
 
 @dataclasses.dataclass(eq=False, repr=False)

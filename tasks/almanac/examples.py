@@ -21,7 +21,7 @@ import numpy as np
 from tasks.almanac.articles import ArticleForms
 from tasks.almanac.config import QUESTION_SPLITS, STRATA, Lesson
 from tasks.almanac.names import draw_namesakes
-from tasks.almanac.phrasing import NUM_RELATIONS, RELATIONS, phrasings
+from tasks.almanac.phrasing import NUM_RELATIONS, RELATIONS, phrasings, split_phrasings
 from tasks.almanac.world import World, random_values
 
 Example = dict
@@ -42,26 +42,29 @@ def closed_book_examples(world: World) -> Iterator[Example]:
 def question_examples(world: World, split: str, edition: int) -> Iterator[Example]:
     """The "gate", "validation" or "test" questions with an edition's answers, in random order.
 
-    Each fact is asked ``questions_per_fact`` times, each time in another phrasing that no training example
-    has.
+    Each fact is asked ``questions_per_fact`` times, each time in another phrasing of those of its split.
     """
     config = world.config
     rng = config.rng(f"{split} questions")
-    phrasing_set = "test" if split == "test" else "held_out"
+    choices = [split_phrasings(relation, split) for relation in range(NUM_RELATIONS)]
     facts = np.repeat(world.popularity.split_facts[split], config.questions_per_fact)
-    # The two phrasings of a fact follow a coin, so that asking once would use both alike.
-    flips = np.repeat(
-        rng.integers(2, size=len(facts) // config.questions_per_fact), config.questions_per_fact
-    )
-    turns = (np.arange(len(facts)) + flips) % 2 if config.questions_per_fact == 2 else flips
+    turns = _turns(rng, len(facts) // config.questions_per_fact, config.questions_per_fact, len(choices[0]))
     order = rng.permutation(len(facts))
     facts, turns = facts[order], turns[order]
     texts = [
-        phrasings(relation, phrasing_set)[turn].format(name=world.names[entity])
+        choices[relation][turn].format(name=world.names[entity])
         for entity, relation, turn in zip(facts // NUM_RELATIONS, facts % NUM_RELATIONS, turns, strict=True)
     ]
     first_id = (3 + QUESTION_SPLITS.index(split)) * _ID_STRIDE
     yield from _fact_examples(world, facts, texts, edition, first_id)
+
+
+def _turns(rng: np.random.Generator, facts: int, times: int, choices: int) -> np.ndarray:
+    """Which of ``choices`` phrasings asks each of ``facts`` the first and, in another, the second time: int64
+    [facts * times]. All are as likely the first time, so that asking once uses all alike."""
+    first = rng.integers(choices, size=facts)
+    other = (first + 1 + (rng.integers(choices - 1, size=facts) if choices > 2 else 0)) % choices
+    return np.stack([first, other], axis=1)[:, :times].ravel()
 
 
 def open_book_examples(world: World, lesson: str) -> Iterator[Example]:

@@ -108,6 +108,15 @@ def test_smoothing_counts_every_question_once_and_no_order_among_equals():
     assert choices[0] == choices[1] and 0 < choices[0].retrieval_rate < 1
 
 
+@pytest.mark.parametrize("budget,price,rate", [(1.0, 0.0, 0.8), (0.5, 0.0, 0.48), (0.33, 0.0, 0.32), (0.5, 0.6, 0.4)])
+def test_a_budget_bounds_the_rate_where_the_price_would_not(budget, price, rate):
+    p = np.repeat(np.linspace(1, 0, 25, dtype=np.float32), 4)  # groups of four, all of which retrieve or none
+    gain = np.concatenate([np.ones(40), np.full(40, 0.5), np.full(20, -0.5)])  # worth it for 80% at no price, 40% at .6
+    choice = calibration.choose_threshold(p, np.zeros(100), gain, price, 0, budget)
+    assert choice.retrieval_rate == (p >= np.float32(choice.threshold)).mean() == rate
+    assert choice.accuracy == pytest.approx(gain[: round(100 * rate)].sum() / 100)
+
+
 def test_thresholds_at_both_ends_and_between_neighbouring_floats():
     p = np.array([1.0, 1.0, 0.5], np.float32)
     never = calibration.choose_threshold(p, [1, 1, 1], [0, 0, 0], price=0.0)
@@ -122,5 +131,7 @@ def test_thresholds_at_both_ends_and_between_neighbouring_floats():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="smoothing"):
         calibration.choose_threshold([0.5], [1], [1], price=0.0, smoothing=-1.0)
+    with pytest.raises(ValueError, match="budget is 1.5"):
+        calibration.choose_threshold([0.5], [1], [1], price=0.0, budget=1.5)
     with pytest.raises(ValueError, match="shapes"):
         calibration.choose_threshold([0.5, 0.6], [1], [1], price=0.0)

@@ -41,6 +41,7 @@ def test_vocabulary_of_the_almanac():
 def test_phrasings_are_disjoint_and_held_out_ones_recombine_known_words():
     everything = [text for r in RELATIONS for name in PHRASING_SETS for text in getattr(r, name)]
     assert len(set(everything)) == len(everything)
+    assert len({tuple(len(getattr(r, name)) for name in PHRASING_SETS) for r in RELATIONS}) == 1  # as many in each
     known = {word for relation in RELATIONS for text in relation.training for word in text.split()}
     for relation in RELATIONS:
         assert len(relation.training) >= 5 and len(relation.held_out) >= 2 and len(relation.test) >= 2
