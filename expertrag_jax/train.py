@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from expertrag_jax import launch, partitioning
 from expertrag_jax.assembly import READER_VOCABULARY, RETRIEVER_VOCABULARY
 from expertrag_jax.errors import UserError
+from expertrag_jax.moe.collapse import CollapseAlarm
 from expertrag_jax.retrieval.manifest import read_manifest
 from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.system import Phase, System
@@ -110,6 +111,7 @@ def train(
     hang_seconds: float | None = 1800.0,
     hang_abort: bool = False,
     profile_steps: str | None = None,
+    collapse_alarm: CollapseAlarm | None = None,
     compilation_cache_dir: str | None = None,
     progress: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrainState:
@@ -136,6 +138,7 @@ def train(
         as long. None: never.
       hang_abort: then the process also ends, with exit code 75; otherwise it goes on waiting.
       profile_steps: ``"100:105"`` traces the steps 100 to 104 for XProf, into ``logs/profile``.
+      collapse_alarm: warns where most tokens go to few experts; None: over 200 steps, see ``moe.collapse``.
       compilation_cache_dir: keeps compiled programs for the next start, of other runs too; None: as JAX is set, by
         ``JAX_COMPILATION_CACHE_DIR``.
       progress: called with each log record in place of printing it.
@@ -173,7 +176,8 @@ def train(
                 "index_dir": None if index_dir is None else str(Path(index_dir).absolute()),
             },
             progress=(progress or show) if first else None, hang_seconds=hang_seconds, hang_abort=hang_abort,
-            profile_steps=profile_steps, begin=(lambda: keep_configuration(directory, files)) if first else None,
+            profile_steps=profile_steps, collapse_alarm=collapse_alarm,
+            begin=(lambda: keep_configuration(directory, files)) if first else None,
             started=launch.started("expertrag_jax.train"),
         )  # fmt: skip
     if told:

@@ -38,7 +38,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def told(caplog):
     """``told()``: what this package has logged in this test; JAX's readers may log an earlier test's failures late."""
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("expertrag_jax")]
+    here = pathlib.Path(importlib.util.find_spec("expertrag_jax").origin).parent
+
+    def ours(record):  # by the logger's name, or by file where it is absl's
+        return record.name.startswith("expertrag_jax") or pathlib.Path(record.pathname).is_relative_to(here)
+
+    return lambda: [record.getMessage() for record in caplog.records if ours(record)]
 
 
 @pytest.fixture(scope="session")

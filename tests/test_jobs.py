@@ -405,6 +405,9 @@ def test_calibration_is_written_once(tiny, files, tmp_path, fails):
     assert run(*arguments, "--overwrite", "--price=1") == 0  # no retrieval is worth more than it can gain
     assert json.loads((model / "gate.json").read_text())["retrieval_rate"] == 0
     assert "--price=-1.0: the accuracy" in fails(*arguments, "--overwrite", "--price=-1", also=[model])
+    assert run(*arguments, "--overwrite", "--price=0", "--budget=0.2") == 0
+    assert json.loads((model / "gate.json").read_text())["retrieval_rate"] <= 0.2
+    assert "--budget=2.0: the fraction" in fails(*arguments, "--overwrite", "--budget=2", also=[model])
     assert run(*arguments, "--overwrite") == 0  # starts from the gate as it was trained
     assert json.loads((model / "gate.json").read_text()) == first
     (model / "gate.json").write_text(json.dumps(first | {"checkpoint": "2"}))  # trained further since

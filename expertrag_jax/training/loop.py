@@ -75,6 +75,7 @@ def train(
     hang_seconds: float | None = 1800.0,
     hang_abort: bool = False,
     profile_steps: str | None = None,
+    collapse_alarm: CollapseAlarm | None = None,
     started: float | None = None,
     begin: Callable[[], None] | None = None,
 ) -> TrainState:
@@ -105,7 +106,7 @@ def train(
         the same when the run is resumed.
       progress: called with each record that is logged.
       hang_seconds, hang_abort: see ``hang.Watchdog``. profile_steps: see ``profile.Profile``. started: see
-        ``goodput.Goodput``.
+        ``goodput.Goodput``. collapse_alarm: of experts; None: with its own defaults.
       begin: called when the state and the data are known to be good, before the first step.
     Returns:
       The state after the last phase.
@@ -141,6 +142,7 @@ def train(
         run = Run(
             phases, datasets, layout, checkpoints, telemetry, interruption, Watch(model_dir / LOGS), profile, ahead,
             tuple(hooks), patience, facts, seed, microbatches, checkpoint_period, log_period,
+            collapse_alarm or CollapseAlarm(),
         )  # fmt: skip
         for index in range(int(state.phase), len(phases)):
             if patience.skips(phases[index].name):
@@ -208,7 +210,7 @@ class Run:
     microbatches: int
     checkpoint_period: int
     log_period: int
-    alarm: CollapseAlarm = dataclasses.field(default_factory=CollapseAlarm)
+    alarm: CollapseAlarm
     steps: list[tuple[tuple, TrainStep]] = dataclasses.field(default_factory=list)  # made so far, by what made them
 
     def phase(self, state: TrainState, index: int) -> TrainState:
