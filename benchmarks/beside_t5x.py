@@ -5,7 +5,7 @@
 
 Needs T5X on the Python path (the extra ``t5x``; it is on no package index), and with ``--experts`` flaxformer, whose
 Switch layer T5X trains; then eight virtual CPU devices hold an expert each. ``--stub NAME`` replaces a module that they
-import and this benchmark never calls: ``--stub airio --stub jestimator.amos --stub aqt.jax_legacy.jax``.
+import and this benchmark never calls: ``--stub airio.core --stub jestimator.amos --stub aqt.jax_legacy.jax``.
 
 T5 1.1: 2 + 2 layers, width 128, 4 heads of 32, feed-forward 512 gated, vocabulary 1024, batch 32, lengths 64 and 64,
 float32, no dropout, Adafactor. With experts: every other layer sparse, 8 experts, top-1, capacity 1.25, groups of 256.
