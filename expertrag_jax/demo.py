@@ -231,10 +231,21 @@ def generate(run: Demo, world: AlmanacConfig, vocabulary_size: int) -> dict[str,
             sentences += [f"{example['question']} {example['answers'][0]}" for example in questions]
             train_vocabulary(sentences, vocabulary_size, run.vocabulary_path)
         vocabulary = Vocabulary.from_file(run.vocabulary_path)
-        values = {value for relation in RELATIONS for value in relation.values}
-        tokenise_answers(sorted(values), vocabulary, run.lengths["targets"])  # refuses one that is longer
+        check_values(vocabulary, run.lengths["targets"])
         advance(note=f"{vocabulary.size} pieces")
     return register_almanac(world, run.directory / "world", Vocabularies(run.vocabulary_path))
+
+
+def check_values(vocabulary: Vocabulary, length: int) -> None:
+    """UserError where an answer and its end have more than ``length`` tokens: names take pieces from values."""
+    for value in sorted({value for relation in RELATIONS for value in relation.values}):
+        tokens = len(vocabulary.encode(value)) + 1
+        if tokens > length:
+            raise UserError(
+                f"the value {value!r} has {tokens} tokens in a vocabulary of {vocabulary.size} pieces, targets hold "
+                f"{length}: raise VOCABULARY_SIZE (1600 suffices for 1,000 entities, 2400 for 4,000), or "
+                "task_feature_lengths['targets'] and ExpertRAG.max_target_length; and name another MODEL_DIR."
+            )
 
 
 def train_retriever(run: Demo, tasks: dict[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
 import pytest
 
+from expertrag_jax.demo import check_values
 from expertrag_jax.demo_folder import check_folder
 from expertrag_jax.errors import UserError
 from expertrag_jax.main import main
+from expertrag_jax.vocabulary import train_vocabulary
+from tasks.almanac.phrasing import RELATIONS
 
 THIS = {"world": "a", "seed": 0, "trained": "x"}
 
@@ -29,6 +32,14 @@ def test_an_impossible_world_is_refused_before_anything_is_written(tmp_path, cap
     command = ["demo", "--gin_file=runs/almanac.gin", f"--gin.MODEL_DIR={tmp_path / 'new'}"]
     assert main([*command, "--gin_bindings=AlmanacConfig.questions_per_fact = 3"]) == 2
     assert "questions_per_fact is 3" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_values_that_the_vocabulary_takes_apart_are_refused(tmp_path):
+    words = [*(value for relation in RELATIONS for value in relation.values), *(f"name{i} other{i}" for i in range(90))]
+    large, small = (train_vocabulary(words * 9, size, tmp_path / f"{size}.model") for size in (1100, 330))
+    check_values(large, 2)
+    with pytest.raises(UserError, match=r"tokens in a vocabulary of 330 pieces.* raise VOCABULARY_SIZE"):
+        check_values(small, 2)
 
 
 def test_a_file_for_a_folder_is_one_sentence(tmp_path, capsys):
