@@ -22,7 +22,7 @@ FLAGS = {
     "--index_dir": ("index_dir", "index to search, in place of the training's"),
     "--rule": ("rule", "how answers are scored: squad1, squad2, hotpot or kilt"),
     "--price": ("price", "accuracy that a retrieval must be worth, a fraction, in place of the training's"),
-    "--budget": ("budget", "highest fraction of the questions that may retrieve (default: 1)"),
+    "--budget": ("budget", "highest fraction of these questions that may retrieve (default: 1)"),
     "--overwrite": ("overwrite", "replace an earlier calibration"),
 }
 MACROS = ("MODEL_DIR", "CHECKPOINT_PATH", "INDEX_DIR")
@@ -43,7 +43,7 @@ def calibrate(
 
     Args:
       price: accuracy that one retrieval per question must be worth; None: the RETRIEVAL_COST of the training.
-      budget: highest fraction of the questions that may retrieve, of those where it is worth the price.
+      budget: highest fraction of these questions that may retrieve; fewer do where it is not worth the price.
       rule: how answers are scored. The rest: see the flags.
     Raises:
       UserError: bad input, or an earlier calibration and no ``overwrite``.

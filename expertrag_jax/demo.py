@@ -42,7 +42,7 @@ from expertrag_jax.training.phases import check_steps
 from expertrag_jax.training.pretrained import save_parameters
 from expertrag_jax.vocabulary import Vocabulary, train_vocabulary
 from tasks.almanac import AlmanacConfig, World
-from tasks.almanac.builder import prepare
+from tasks.almanac.builder import VERSION, prepare
 from tasks.almanac.phrasing import RELATIONS
 from tasks.almanac.read import read_split
 from tasks.almanac_tasks import register_almanac
@@ -170,9 +170,12 @@ def demo(
     directory = Path(model_dir).expanduser().absolute()
     if system.gate_objective != "utility":
         raise UserError("the demo measures losses of both arms, which are no labels: set gate_objective = 'utility'.")
+    if not 0 <= retrieval_budget <= 1:
+        raise UserError(f"retrieval_budget is {retrieval_budget}: a fraction of the questions lies between 0 and 1.")
     check_steps((*retriever.phases, *system.phases))
     generated = World(world)  # refuses impossible sizes before anything is written
-    check_folder(directory, world.digest, seed, recipe(system, retriever, schedule, task_feature_lengths))
+    recipe_digest = recipe(system, retriever, schedule, task_feature_lengths)
+    check_folder(directory, f"{world.digest} {VERSION}", seed, recipe_digest)
     logging.set_verbosity(logging.ERROR)  # TFDS warns of every builder that is not in its catalogue
     # Stages compile the same programs again, and so does a run that goes on.
     jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))
@@ -418,6 +421,7 @@ def settings(run: Demo, world: AlmanacConfig) -> dict[str, Any]:
         "entities": world.num_entities, "training questions": world.num_training_questions,
         "world": world.digest, "passages read": run.num_passages, "experts": run.system.model.num_experts,
         "generator steps": run.system.generator_steps,
+        "price of a retrieval": run.system.retrieval_cost, "budget of retrievals": run.retrieval_budget,
     }
 
 

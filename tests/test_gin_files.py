@@ -70,6 +70,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "retrieval/scann.gin": (f"{INDEX} --gin_file=retrieval/scann.gin --gin.RETRIEVER=r",),
     "runs/almanac.gin": (),
     "runs/almanac_100k.gin": (),
+    "runs/almanac_4k.gin": (),
     "runs/calibrate.gin": (),
     "runs/evaluate.gin": (),
     "runs/export.gin": (),

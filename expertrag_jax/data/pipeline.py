@@ -136,7 +136,7 @@ class Pipeline:
 
     @property
     def num_examples(self) -> int:
-        """Rows of one pass; materialises the task."""
+        """Rows of one pass, with ``shard_source`` of this process's part; materialises the task."""
         return sum(len(next(iter(arrays.values()))) for arrays in self._arrays)
 
     @property
@@ -158,8 +158,9 @@ class Pipeline:
             raise UserError(f"BATCH_SIZE {self.batch_size} is not a multiple of the {count} processes")
         if self.shard_source and not self.repeat:
             raise UserError(
-                "shard_source is for data without an end (repeat): the processes' parts of the source differ in size, "
-                "so that one pass would end at different steps. Set Pipeline.shard_source to False."
+                f"{self.provider.name}: shard_source is for data without an end (repeat): the processes' parts of the "
+                "source differ in size and one pass would end at different steps. Bind it for the training's "
+                "pipeline alone: --gin.train/pipeline.Pipeline.shard_source=True, by its scope."
             )
         local = self.batch_size // count
         return slice(index * local, (index + 1) * local)

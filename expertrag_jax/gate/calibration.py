@@ -87,7 +87,7 @@ def choose_threshold(
     """Cut p_ret on validation questions where accuracy - price * rate is highest: the gate's own objective.
 
     Near its top this is flat, so a price alone leaves the rate to chance: other questions of the same kind choose one
-    ten points away. Where a rate must not be exceeded, or shall be used, a ``budget`` with a low price fixes it.
+    ten points away. A ``budget`` with a low price holds it, to chance again on other questions.
 
     Which of a hundred neighbouring questions evidence helps is chance, and the highest of raw sums follows it. So
     each question's gain (correct with minus correct without) is first replaced by a mean over its neighbours in
@@ -98,7 +98,7 @@ def choose_threshold(
       correct_without, correct_with: [N] bool or scores in [0, 1], the answer without and with evidence.
       price: accuracy that one retrieval per question must be worth, a fraction.
       smoothing: standard deviation of the neighbours' Gaussian weights, as a fraction of N; 0: raw gains.
-      budget: highest fraction of the questions that may retrieve.
+      budget: highest fraction of these questions that may retrieve; of others a few more may.
 
     Returns:
       the choice, the lowest rate among equals; its threshold is a float32 between two questions' probabilities, so

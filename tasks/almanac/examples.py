@@ -63,7 +63,7 @@ def _turns(rng: np.random.Generator, facts: int, times: int, choices: int) -> np
     """Which of ``choices`` phrasings asks each of ``facts`` the first and, in another, the second time: int64
     [facts * times]. All are as likely the first time, so that asking once uses all alike."""
     first = rng.integers(choices, size=facts)
-    other = (first + 1 + (rng.integers(choices - 1, size=facts) if choices > 2 else 0)) % choices
+    other = (first + 1 + rng.integers(choices - 1, size=facts)) % choices
     return np.stack([first, other], axis=1)[:, :times].ravel()
 
 
