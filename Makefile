@@ -22,7 +22,7 @@ test: $(SETUP) ## unit and end-to-end tests (EXPERTRAG_DATA=folder adds those on
 golden: $(SETUP) ## rewrite the golden files that tests compare with
 	JAX_PLATFORMS=cpu $(BIN)/python tests/golden_shardings.py
 
-soak: $(SETUP) ## kill a training run 30 times and compare its end with an uninterrupted one (5 minutes; ARGS="--experts --processes 2" and more)
+soak: $(SETUP) ## kill a training run 30 times and compare its end with an uninterrupted one (3 minutes; ARGS="--experts --processes 2": up to 25)
 	JAX_PLATFORMS=cpu $(BIN)/python tests/soak/soak.py $(ARGS)
 
 bench: $(SETUP) ## step time, memory and scaling of models and MoE layers; tables here, rows in runs/bench/*.json (20 minutes)

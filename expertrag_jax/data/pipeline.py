@@ -88,19 +88,14 @@ class Pipeline:
           UserError: no such task or split, no examples, an example that does not fit, a batch size that the
             processes do not divide.
         """
-        part = self._process_slice()
         batches = self._materialised if self.materialise else self._streamed
-        if self.shard_source:  # all that is read is this process's
-            batches = batches(start_step, part.stop - part.start, slice(0, part.stop - part.start))
-        else:
-            batches = batches(start_step, self.batch_size, part)
-        for arrays in batches:
+        for arrays in batches(start_step, *self._place()):
             yield Batch(**arrays)
 
     def check(self) -> None:
         """Reads what it serves, the first batch of a stream; raises what ``__call__`` would."""
         if self.materialise:
-            self._process_slice()
+            self._place()
             self._arrays  # noqa: B018
         else:
             next(self(), None)
@@ -152,7 +147,8 @@ class Pipeline:
 
         return jax.process_index(), jax.process_count()
 
-    def _process_slice(self) -> slice:
+    def _place(self) -> tuple[int, slice]:
+        """(rows of a batch of what this process reads, its own among them)."""
         index, count = self._process()
         if self.batch_size % count:
             raise UserError(f"BATCH_SIZE {self.batch_size} is not a multiple of the {count} processes")
@@ -160,10 +156,12 @@ class Pipeline:
             raise UserError(
                 f"{self.provider.name}: shard_source is for data without an end (repeat): the processes' parts of the "
                 "source differ in size and one pass would end at different steps. Bind it for the training's "
-                "pipeline alone: --gin.train/pipeline.Pipeline.shard_source=True, by its scope."
+                "pipelines alone, by their scopes (closed_book/pipeline.Pipeline.shard_source = True)."
             )
         local = self.batch_size // count
-        return slice(index * local, (index + 1) * local)
+        if self.shard_source:  # all that it reads is its own
+            return local, slice(0, local)
+        return self.batch_size, slice(index * local, (index + 1) * local)
 
     def _lengths(self) -> dict[str, int]:
         """A length for every feature of the converter: SeqIO wants one, 1 for those that are no tokens."""

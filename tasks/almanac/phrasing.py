@@ -252,7 +252,7 @@ def split_phrasings(relation: int, split: str) -> tuple[str, ...]:
     """The phrasings of a relation in which a question split asks.
 
     The gate learns from many, known to the generator and not: from two it learned for one relation that a single word
-    in both means stale facts, and knew a quarter of the test's other words for it (docs/results/almanac.md).
+    in both means stale facts, and knew a third of the test's questions in other words for it (docs/results/almanac.md).
     """
     sets = {"gate": ("training", "held_out"), "validation": ("held_out",), "test": ("test",)}[split]
     return tuple(text for phrasing_set in sets for text in phrasings(relation, phrasing_set))

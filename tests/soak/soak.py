@@ -154,7 +154,7 @@ def soak(job: Job, folder: Path, kills: int, rng: random.Random) -> int:
             done += 1
             found = steps(killed)
             seconds = outlived(started, joined=bool(found) and found[-1] > newest)
-            print(f"kill {done:2} after {wait:5.1f} s: {told(killed, seconds, job.processes)}", flush=True)
+            print(f"kill {done:2} after {wait:5.1f} s: {left_behind(killed, seconds, job.processes)}", flush=True)
             if found and found[-1] > newest:
                 asserted += 1
                 if seconds is None:
@@ -171,7 +171,7 @@ def soak(job: Job, folder: Path, kills: int, rng: random.Random) -> int:
     return 0 if equal and asserted else 1
 
 
-def told(model_dir: Path, seconds: float | None, processes: int) -> str:
+def left_behind(model_dir: Path, seconds: float | None, processes: int) -> str:
     """What a kill left behind."""
     found = steps(model_dir)
     words = [f"newest checkpoint {found[-1]}" if found else "no checkpoint yet"]
