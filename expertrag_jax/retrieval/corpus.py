@@ -77,8 +77,11 @@ class Question:
 
 
 @contextlib.contextmanager
-def open_text(path: str | Path) -> Iterator[TextIO]:
+def open_text(path: str | Path, held: memoryview | None = None) -> Iterator[TextIO]:
     """Open a UTF-8 file, plain or gzipped (by content, not by name), for reading with line ends kept.
+
+    Args:
+      held: the file's bytes, where somebody holds them; ``path`` then names them in messages only.
 
     Raises:
       UserError: no file is named, or it is missing, is a folder, is damaged gzip, or is not UTF-8.
@@ -87,7 +90,7 @@ def open_text(path: str | Path) -> Iterator[TextIO]:
         raise UserError("no file is named where one is read: set --gin.QUESTIONS, --gin.GATE_QUESTIONS or --gin.CORPUS")
     path = Path(path)
     try:
-        with open(path, "rb") as raw:
+        with open(path, "rb") if held is None else io.BufferedReader(io.BytesIO(held)) as raw:
             gzipped = raw.peek(2)[:2] == b"\x1f\x8b"
             binary = gzip.GzipFile(fileobj=raw) if gzipped else raw
             with io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:
@@ -139,9 +142,9 @@ def _tsv_records(path: Path, lines: TextIO) -> Iterator[tuple[int, str, str, str
         line = reader.line_num + 1
 
 
-def read_passages_tsv(path: str | Path) -> Passages:
+def read_passages_tsv(path: str | Path, held: memoryview | None = None) -> Passages:
     """Read passages in DPR's format: tab-separated id, text, title; CSV-quoted; plain or gzipped; header
-    optional.
+    optional. ``held``: see ``open_text``.
 
     Raises:
       UserError: the file is missing, damaged or empty, a line has another number of columns (with its
@@ -149,7 +152,7 @@ def read_passages_tsv(path: str | Path) -> Passages:
     """
     seen: dict[str, int] = {}
     titles, texts = [], []
-    with open_text(path) as lines:
+    with open_text(path, held) as lines:
         for line, name, text, title in _tsv_records(path, lines):
             if not name:
                 raise UserError(f"{path}:{line}: the passage has an empty id: give each passage its own")

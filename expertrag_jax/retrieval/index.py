@@ -77,6 +77,8 @@ class LoadedIndex:
       tokens: [N, S] int32, `title 1 text` in the reader's vocabulary, 0-padded (memory-mapped); None if not
         stored.
       vectors: [N, D] float32 (memory-mapped); None for a purely lexical index.
+      packed_passages: [bytes] uint8, the file of the passages (memory-mapped). What is mapped can be read after the
+        directory was removed, as old versions are.
     """
 
     directory: Path
@@ -84,11 +86,12 @@ class LoadedIndex:
     index: Index
     tokens: np.ndarray | None
     vectors: np.ndarray | None
+    packed_passages: np.ndarray
 
     @functools.cached_property
     def passages(self) -> Passages:
         """Ids, titles and texts, read when first asked for: training needs the tokens alone."""
-        return read_passages_tsv(self.directory / PASSAGES_NAME)
+        return read_passages_tsv(self.directory / PASSAGES_NAME, memoryview(self.packed_passages))
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -195,7 +198,8 @@ def open_index(directory: str | Path, *, verify: bool = True, **settings) -> Loa
     """Open an index directory.
 
     Args:
-      directory: written by `write_index`; may have been moved or copied since.
+      directory: written by `write_index`, may have been moved or copied since; or a link to one, which is followed
+        once, and again where it moved on and its old target was removed meanwhile.
       verify: compare every file's SHA-256 with the manifest; if False, names and sizes only.
       **settings: for the index's class, such as `mesh` for the exact index.
 
@@ -203,10 +207,20 @@ def open_index(directory: str | Path, *, verify: bool = True, **settings) -> Loa
       UserError: the directory is missing, is not an index, is of another format, or a file is missing or
         damaged.
     """
-    directory = Path(os.path.realpath(directory))  # a link that moves on does not mix two versions
+    while True:
+        found = Path(os.path.realpath(directory))  # a link that moves on does not mix two versions
+        try:
+            return _open(found, verify, settings)
+        except Exception:  # whatever it looks like when files go while they are read
+            if found == Path(os.path.realpath(directory)):
+                raise
+
+
+def _open(directory: Path, verify: bool, settings: dict) -> LoadedIndex:
     manifest = read_manifest(directory)
     check_files(directory, manifest, contents=verify)
     tokens = _load_array(directory, manifest, TOKENS_NAME)
     vectors = _load_array(directory, manifest, VECTORS_NAME)
     index = make_index(manifest.kind, **settings).load(directory / SEARCHER_NAME, vectors)
-    return LoadedIndex(directory, manifest, index, tokens, vectors)
+    packed = np.memmap(directory / PASSAGES_NAME, np.uint8, mode="r")
+    return LoadedIndex(directory, manifest, index, tokens, vectors, packed)

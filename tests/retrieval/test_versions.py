@@ -44,13 +44,13 @@ def test_readers_never_see_a_half_or_a_mixture(tmp_path):
     readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:
         reader.start()
-    for number in range(2, 8):
-        versions.publish(root, f"v{number}", writer(number), keep=8)
+    for number in range(2, 16):  # only the current one stays: a reader may lose the version that it is about to open
+        versions.publish(root, f"v{number}", writer(number), keep=1)
     done.set()
     for reader in readers:
         reader.join()
     assert not wrong and seen
-    assert versions.current(root) == root.resolve() / "v7"
+    assert versions.current(root) == root.resolve() / "v15"
 
 
 def test_a_version_that_cannot_be_written_changes_nothing(tmp_path):
@@ -74,3 +74,15 @@ def test_old_versions_are_removed_and_neither_the_current_one_nor_what_is_not_of
     assert versions.current(tmp_path).name == "v3"
     with pytest.raises(UserError, match="no current version"):
         versions.current(tmp_path / "elsewhere")
+
+
+def test_an_open_version_can_be_read_when_it_is_gone(tmp_path):
+    """Also what is read late, the passages' texts."""
+    versions.publish(tmp_path, "v1", writer(1))
+    loaded = open_index(tmp_path / versions.CURRENT)
+    for number in (2, 3):
+        versions.publish(tmp_path, f"v{number}", writer(number))
+    assert not loaded.directory.exists()
+    assert loaded.passages.texts == ["version 1"] * COUNT
+    np.testing.assert_array_equal(loaded.tokens, np.full((COUNT, 3), 1))
+    np.testing.assert_array_equal(loaded.vectors, np.full((COUNT, 2), 1.0))
