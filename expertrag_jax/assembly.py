@@ -21,6 +21,7 @@ from expertrag_jax.retrieval.corpus import Question
 from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.retrieval.manifest import Manifest, check_matches, parameters_digest, read_manifest
 from expertrag_jax.retrieval.retriever import Retriever
+from expertrag_jax.systems.snapshot import SNAPSHOT
 from expertrag_jax.training import pretrained
 from expertrag_jax.vocabulary import EOS_ID, Vocabulary
 
@@ -115,7 +116,7 @@ def expected_encoder(system: Any, params: Any, index_dir: str | Path, trained_in
     own = encoder_digest(params)
     if not getattr(system, "weighs_passages", False):
         return own
-    copy = dict(params).get("candidate_encoder")
+    copy = dict(params).get(SNAPSHOT)
     again = None if copy is None else parameters_digest(jax.tree.map(np.asarray, dict(copy["encoder"])))
     found = read_manifest(index_dir).encoder_digest
     if found is not None and found in (own, again):

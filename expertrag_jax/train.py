@@ -108,6 +108,7 @@ def train(
     early_stopping: EarlyStopping | None = None,
     num_passages: int | None = None,
     index_dir: str | None = None,
+    versions_dir: str | None = None,
     hang_seconds: float | None = 1800.0,
     hang_abort: bool = False,
     profile_steps: str | None = None,
@@ -133,6 +134,8 @@ def train(
       early_stopping: ends the run where what ``eval_datasets`` gives no longer improves.
       num_passages, index_dir: what the generator was trained to read, noted for answering; a run goes on with an
         index of the same passages only.
+      versions_dir: where passages that are embedded again become versions of the index (``candidates.Candidates``),
+        noted for answering too.
       hang_seconds: after so long without a step, the stacks of all threads go to standard error and
         ``logs/hang_<step>.txt``; the start, first batches, compilation, checkpoints and evaluations may take four times
         as long. None: never.
@@ -173,7 +176,8 @@ def train(
                 "system": describe(system),
                 "task_feature_lengths": dict(task_feature_lengths),
                 "num_passages": num_passages,
-                "index_dir": None if index_dir is None else str(Path(index_dir).absolute()),
+                "index_dir": _absolute(index_dir),
+                "versions_dir": _absolute(versions_dir),
             },
             progress=(progress or show) if first else None, hang_seconds=hang_seconds, hang_abort=hang_abort,
             profile_steps=profile_steps, collapse_alarm=collapse_alarm,
@@ -183,6 +187,10 @@ def train(
     if told:
         print(f"trained {int(state.step)} steps: {directory / CHECKPOINTS / str(int(state.step))}", flush=True)
     return state
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
 
 
 def corpus_digest(index_dir: str | None) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from expertrag_jax.assembly import (
     READER_VOCABULARY,
@@ -18,8 +19,10 @@ from expertrag_jax.assembly import (
 )
 from expertrag_jax.errors import UserError
 from expertrag_jax.gate.network import with_calibration
-from expertrag_jax.retrieval.manifest import read_manifest
+from expertrag_jax.retrieval import versions
+from expertrag_jax.retrieval.manifest import parameters_digest, read_manifest
 from expertrag_jax.systems.description import rebuild
+from expertrag_jax.systems.snapshot import SNAPSHOT
 from expertrag_jax.training import pretrained
 from expertrag_jax.vocabulary import Vocabulary
 
@@ -32,8 +35,9 @@ class Model:
 
     Attributes:
       system: the dataclass (see ``systems``). params: its parameters. source: the checkpoint's directory.
-      reader_vocabulary, retriever_vocabulary: as trained. index_dir: of the training, or None. corpus_digest: of the
-        passages in it then; None where that was not noted.
+      reader_vocabulary, retriever_vocabulary: as trained. index_dir: of the training, or None; where that embedded its
+        passages again, the version that these parameters read. corpus_digest: of the passages in it then; None where
+        that was not noted.
       settings: as trained, with the gate's calibrated threshold.
     """
 
@@ -54,7 +58,12 @@ class Model:
         )
 
     def check_index(self) -> None:
-        """UserError where the training's index now holds other passages, which nobody asked for by name."""
+        """UserError where the training's index is gone or now holds other passages, which nobody asked for by name."""
+        if self.index_dir is not None and not Path(self.index_dir).is_dir():
+            raise UserError(
+                f"{self.source} reads the index {self.index_dir}, which is not there any more: name another one with "
+                f"--index_dir, such as one by `expertrag index --retriever={self.source}`."
+            )
         if None not in (self.index_dir, self.corpus_digest):
             if read_manifest(self.index_dir).corpus_digest != self.corpus_digest:
                 raise UserError(
@@ -89,7 +98,7 @@ def open_model(
         for path, name in ((READER_VOCABULARY, "reader"), (RETRIEVER_VOCABULARY, "retriever"))
     )
     corpus = facts.get("digests", {}).get("corpus")
-    model = Model(system, params, source, reader, retriever, settings, facts.get("index_dir"), corpus)
+    model = Model(system, params, source, reader, retriever, settings, _trained_index(facts, params), corpus)
     return model.calibrated(**gate) if gate else model
 
 
@@ -105,6 +114,19 @@ def _read(stored: pretrained.Stored) -> tuple[Path, dict[str, Any], Any, Any]:
     check_answers(system)
     params = stored.restore(jax.eval_shape(system.init, jax.random.PRNGKey(0)))
     return stored.directory, stored.metadata, system, params
+
+
+def _trained_index(facts: Mapping[str, Any], params: Any) -> str | None:
+    """The index of the training, or the version of it that was embedded by the encoder of the last refresh."""
+    index_dir, root = facts.get("index_dir"), facts.get("versions_dir")
+    if index_dir is None or root is None or SNAPSHOT not in params:
+        return index_dir
+    embedded_by = parameters_digest(jax.tree.map(np.asarray, dict(params[SNAPSHOT]["encoder"])))
+    corpus = facts["digests"]["corpus"]
+    place = Path(root) / versions.name_of(embedded_by, corpus)
+    if not place.is_dir() and Path(index_dir).is_dir() and read_manifest(index_dir).encoder_digest == embedded_by:
+        return index_dir  # nothing was trained between its making and the last refresh
+    return str(place)
 
 
 def _trained_settings(system: Any, facts: Mapping[str, Any]) -> AnswerSettings:

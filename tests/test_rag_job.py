@@ -1,6 +1,7 @@
 """RAG on the command line: trained, resumed, asked, with another index, with candidates that are refreshed."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from expertrag_jax.main import main
 from expertrag_jax.retrieval import versions
 from expertrag_jax.retrieval.index import open_index
+from expertrag_jax.retrieval.manifest import parameters_digest
 from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.trained_model import open_model
 from expertrag_jax.training import parameters
@@ -70,15 +72,19 @@ def test_rag_trains_and_answers_from_either_index(files, tiny, tmp_path):
     after = parameters.flatten(open_model(model).params["query_encoder"])["projection/kernel"]
     assert np.abs(after - before).max() > 0  # it started there, and learned
     np.testing.assert_allclose(after, before, atol=0.1)
-    ask = ("infer", "--model_dir", model, "--questions", files / "questions.jsonl", "--gin.infer.infer.buckets=(4,)")
     for edition in (0, 1):  # another index, no training
         output = tmp_path / f"answers{edition}.jsonl"
         with_index = () if edition == 0 else ("--index_dir", files / "index1")
-        assert run(*ask, "--output", output, *with_index) == 0
+        assert ask(files, model, output, *with_index) == 0
         assert all(len(record["passages"]) == 2 and record["score"] < 0 for record in records(output))
 
 
-def test_refreshed_candidates_survive_a_restart(files, tiny, tmp_path):
+def ask(files, model, output, *options):
+    asked = ("infer", "--model_dir", model, "--questions", files / "questions.jsonl", "--output", output)
+    return run(*asked, "--gin.infer.infer.buckets=(4,)", *options)
+
+
+def test_refreshed_candidates_survive_a_restart(files, tiny, tmp_path, capsys):
     """4 steps, candidates and passages refreshed every 2; a run that ended after 3 and went on ends with the same."""
     refreshed = {"REFRESH_PERIOD": 2, "CHECKPOINT_PERIOD": 3}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -92,5 +98,15 @@ def test_refreshed_candidates_survive_a_restart(files, tiny, tmp_path):
     np.testing.assert_allclose(ours["candidate_encoder/refreshes"], 3)
     logged = [records(model / "logs" / "metrics.jsonl")[-1]["loss"] for model in (parts, whole)]
     assert logged[0] == logged[1]
-    version = open_index(versions.current(tmp_path / "whole_versions"))  # the passages were embedded again
-    assert version.manifest.encoder_digest != open_index(files / "index0").manifest.encoder_digest
+    model = open_model(whole)
+    read = open_index(model.index_dir)  # the passages were embedded again, by the copy that the last step took
+    assert read.directory == versions.current(tmp_path / "whole_versions")
+    assert read.manifest.encoder_digest == parameters_digest(model.params["candidate_encoder"]["encoder"])
+    assert ask(files, whole, tmp_path / "answers.jsonl") == 0
+    assert all(record["passages"] for record in records(tmp_path / "answers.jsonl"))
+    capsys.readouterr()
+    assert ask(files, whole, tmp_path / "old.jsonl", "--index_dir", files / "index0") == 2  # vectors that it left behind
+    assert "encoder" in capsys.readouterr().err
+    shutil.rmtree(read.directory)
+    assert ask(files, whole, tmp_path / "gone.jsonl") == 2
+    assert "not there any more" in capsys.readouterr().err

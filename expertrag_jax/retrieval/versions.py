@@ -34,6 +34,11 @@ def current(root: str | Path) -> Path:
     return Path(os.path.realpath(link))
 
 
+def name_of(encoder_digest: str, corpus_digest: str) -> str:
+    """The version of these passages, embedded by that encoder; digests as in ``manifest.Manifest``."""
+    return f"version-{encoder_digest[:16]}-{corpus_digest[:8]}"
+
+
 def publish(root: str | Path, name: str, write: Callable[[Path], Any], keep: int = 2) -> Path:
     """Writes a version, unless it is there already, and makes it current.
 

@@ -112,6 +112,11 @@ class Candidates:
             _LOG.warning(warning)
         return batch
 
+    def finish(self, params: Any) -> None:
+        """Behind the last step: a refresh that came with it renews the index too, which then is the one to answer from."""
+        if SNAPSHOT in params:
+            self._renew(params)
+
     def _renew(self, params) -> None:
         """After a refresh: the new encoder, nothing remembered, and with ``versions_dir`` a new index."""
         refreshes = float(local_copy(params[SNAPSHOT]["refreshes"])[0])
@@ -137,11 +142,11 @@ class Candidates:
     def _embed(self, digest: str) -> None:
         """Goes over to the index whose passages are embedded by the tower of that digest; the first process writes it.
 
-        The version's name is the digest's, so a run that was killed here finds it, or writes it again.
+        The version's name is made of digests, so a run that was killed here finds it, or writes it again.
         """
         loaded = self.retriever.loaded
         if loaded.manifest.encoder_digest != digest:
-            root, name = Path(self.versions_dir), f"version-{digest[:16]}"
+            root, name = Path(self.versions_dir), versions.name_of(digest, loaded.manifest.corpus_digest)
             if jax.process_index() == 0:
                 versions.publish(root, name, lambda place: reembed(loaded, self._encode, digest, place))
             if jax.process_count() > 1:

@@ -93,7 +93,8 @@ class RAG:
       z_loss, balance_loss_factor, router_z_loss_factor: T5X's meanings.
       refresh_period: every so many steps candidates come from the query encoder as it is now (see ``candidates``);
         0: they stay those of the data.
-      candidates: ``(params, batch) -> batch`` on the host before each step; see ``candidates.Candidates``.
+      candidates: ``(params, batch) -> batch`` on the host before each step; see ``candidates.Candidates``, whose
+        ``finish`` runs behind the last one.
       steps, optimizer: of the one phase ``rag``.
       decoding: ``greedy`` and ``beam`` follow p(y_i|x, y_<i); ``thorough`` and ``fast`` are RAG-Sequence's. beams: W.
     """
@@ -136,7 +137,8 @@ class RAG:
             def optimizer():
                 return with_snapshot(self.optimizer(), "query_encoder", self.refresh_period)
 
-        return (Phase("rag", self.steps, self.loss, optimizer, trainable, self.candidates),)
+        finish = getattr(self.candidates, "finish", None)
+        return (Phase("rag", self.steps, self.loss, optimizer, trainable, self.candidates, finish),)
 
     # Parameters
 

@@ -35,6 +35,7 @@ class Phase:
       trainable: regular expressions; a parameter trains when one of them matches its whole path, ``gate/.*``.
         All others are frozen: no gradient, no optimizer state.
       prepare: ``(params, batch) -> batch``, on the host before the step (hard negatives, fresh candidates).
+      finish: ``(params) -> None``, on the host behind the last step, before its checkpoint is written.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Phase:
     optimizer: optax.GradientTransformation | Callable[[], optax.GradientTransformation]
     trainable: tuple[str, ...] = (".*",)
     prepare: Callable[[Params, Any], Any] | None = None
+    finish: Callable[[Params], None] | None = None
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """The gradient transformation; made now where ``optimizer`` is a factory."""

@@ -232,6 +232,8 @@ class Run:
                     logging.warning("%s", warning)
             self.run_hooks(state, step, phase, last)
             last = last or self.patience.skips(phase.name)
+            if last and phase.finish is not None:
+                self.finish(state, phase)
             stop = self.interruption.requested(step)
             if step % self.checkpoint_period == 0 or last or stop:
                 self.save(state, step, phase, phase_step)
@@ -296,6 +298,12 @@ class Run:
                     "it, or train fewer steps."
                 )
             return batch if phase.prepare is None else phase.prepare(params, batch)
+
+    def finish(self, state: TrainState, phase: Phase) -> None:
+        """What the phase does on the host behind its last step, of parameters that are known to be good."""
+        self.watch.settle()
+        with self.telemetry.lost("data", doing="last batch"):
+            phase.finish(state.params)
 
     def run_hooks(self, state: TrainState, step: int, phase: Phase, last: bool) -> None:
         """Measures what is due, and logs it."""
