@@ -105,7 +105,7 @@ def test_refreshed_candidates_survive_a_restart(files, tiny, tmp_path, capsys):
     assert ask(files, whole, tmp_path / "answers.jsonl") == 0
     assert all(record["passages"] for record in records(tmp_path / "answers.jsonl"))
     capsys.readouterr()
-    assert ask(files, whole, tmp_path / "old.jsonl", "--index_dir", files / "index0") == 2  # vectors that it left behind
+    assert ask(files, whole, tmp_path / "old.jsonl", "--index_dir", files / "index0") == 2  # other vectors
     assert "encoder" in capsys.readouterr().err
     shutil.rmtree(read.directory)
     assert ask(files, whole, tmp_path / "gone.jsonl") == 2

@@ -113,7 +113,7 @@ class Candidates:
         return batch
 
     def finish(self, params: Any) -> None:
-        """Behind the last step: a refresh that came with it renews the index too, which then is the one to answer from."""
+        """Behind the last step: a refresh that came with it renews the index too, for answering."""
         if SNAPSHOT in params:
             self._renew(params)
 
