@@ -38,7 +38,7 @@ from expertrag_jax.training.state import TrainState
 from expertrag_jax.training.step import make_train_step
 from tasks.almanac import AlmanacConfig, World, two_hop
 
-CHOSEN, ANSWER, READER = 2, 3, 22  # K; tokens of an answer and of a passage with its question
+CHOSEN, ANSWER, READER = 2, 3, 25  # K; tokens of an answer, and of a passage with its question
 TOP_K = "retrieve top K"
 ARMS = {TOP_K: (), "selector frozen": (GENERATOR,), "generator frozen": (SELECTOR,), "DRO": (GENERATOR, SELECTOR)}
 
@@ -62,18 +62,13 @@ class Data:
     def _tokens(self, text: str) -> list[int]:
         return [self.ids[word] for word in text.split()]
 
+    def _reader_input(self, question: str, passage: dict) -> np.ndarray:
+        parts = [self._tokens(text) for text in (question, passage["title"], passage["text"])]
+        assert sum(map(len, parts)) + len(parts) <= READER, "the employer stands last, and would be cut"
+        return evidence.assemble(*parts, READER)
+
     def _batch(self, examples: list[dict]) -> Batch:
-        passages = np.stack(
-            [
-                [
-                    evidence.assemble(
-                        self._tokens(e["question"]), self._tokens(p["title"]), self._tokens(p["text"]), READER
-                    )
-                    for p in e["passages"]
-                ]
-                for e in examples
-            ]
-        )
+        passages = np.array([[self._reader_input(e["question"], p) for p in e["passages"]] for e in examples], np.int32)
         targets = np.array([[*self._tokens(e["answers"][0]), decoding.EOS] for e in examples], np.int32)
         return Batch(
             passage_tokens=passages,

@@ -34,6 +34,9 @@ class Programs(Protocol):
     def read(self, question_tokens: np.ndarray, passage_tokens: np.ndarray) -> Any:
         """[B, L], [B, K, P] int32 -> state of the open-book arm behind its first step."""
 
+    def chosen(self, state: Any) -> jax.Array | None:
+        """Which of the passages given to ``read`` were read, [B, k] int32 in their order; None: all of them."""
+
     def generate(self, state: Any, active: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """State and [B] bool -> (answer tokens [B, T] int32, sum of log-probabilities [B] float32)."""
 
@@ -79,6 +82,10 @@ class SystemPrograms:
     def read_weighed(self, question_tokens, query_tokens, passage_tokens, passage_vectors):
         """``read`` with queries [B, Lq] int32 and passage vectors [B, K, D] float32."""
         return self._read(self.params, question_tokens, query_tokens, passage_tokens, passage_vectors)
+
+    def chosen(self, state):
+        """See ``Programs``."""
+        return getattr(state[0], "choices", None)
 
     def generate(self, state, active):
         """See ``Programs``."""
@@ -168,7 +175,8 @@ class Answers:
 
     Attributes:
       tokens: [N, T] int32. scores: [N] float32, log-probability of the answer. p_ret: [N] float32.
-      retrieve: [N] bool. passage_rows: [N, K] int32, -1 where not retrieved. passage_scores: [N, K] float32, NaN there.
+      retrieve: [N] bool. passage_rows: [N, K] int32 of what was read, in the order of reading; -1 where that is less.
+      passage_scores: [N, K] float32, the retriever's; NaN there.
       encoder_tokens: [N] int32, real encoder tokens. padded_encoder_tokens: computed ones, padding included, in all.
     """
 
@@ -311,8 +319,11 @@ class Answerer:
             )
         else:
             state = self.programs.read(tokens, passages)
-        answers.passage_rows[index] = found.rows[: len(index)]
-        answers.passage_scores[index] = found.scores[: len(index)]
+        read, chosen = (found.rows, found.scores), self.programs.chosen(state)
+        if chosen is not None:
+            read = tuple(np.take_along_axis(each, np.asarray(chosen), axis=1) for each in read)
+        for kept, each in zip((answers.passage_rows, answers.passage_scores), read):
+            kept[index, : each.shape[1]] = each[: len(index)]
         answers.encoder_tokens[index] += (passages[: len(index)] > 0).sum((1, 2))
         answers.padded_encoder_tokens += passages.size
         self._finish(state, np.arange(bucket) < len(index), index, bucket, answers, targets)

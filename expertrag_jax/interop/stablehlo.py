@@ -4,7 +4,8 @@ Per bucket of B rows there are five programs, each with the parameters as its fi
 cache are flat tuples of arrays::
 
     question      (params, tokens [B, L])                     -> memory, first [B, V], cache, p_ret [B]
-    read          (params, tokens [B, L], passages [B, K, P]) -> memory, first [B, V], cache
+    read          (params, tokens [B, L], passages [B, K, P]) -> memory, first [B, V], cache; where the system chooses
+                  among the passages, also its choice [B, k]
     decode_closed (params, memory, cache, tokens [B])         -> log-probabilities [B, V], cache
     decode_open   the same over the memory of `read`
     query         (params, query tokens [B, Lq])              -> vectors [B, D]
@@ -70,7 +71,8 @@ def _programs(system: Any, params: Any, settings: AnswerSettings, bucket: int) -
 
     def read(params, tokens, passages):
         memory, first, cache = read_program(system, params, tokens, passages)
-        return _flat(memory), first, _flat(cache)
+        chosen = (memory.choices,) if hasattr(memory, "choices") else ()
+        return _flat(memory), first, _flat(cache), *chosen
 
     asked = tokens(settings.question_length)
     programs = {"question": (question, (asked,))}
@@ -129,6 +131,7 @@ class State(NamedTuple):
     memory: tuple[Array, ...]
     first: Array
     cache: tuple[Array, ...]
+    choices: Array | None = None
 
 
 class ExportedPrograms:
@@ -166,13 +169,17 @@ class ExportedPrograms:
         """See ``answering.Programs``."""
         return State(OPEN, *self._call("read", question_tokens, passage_tokens))
 
+    def chosen(self, state: State) -> Array | None:
+        """See ``answering.Programs``."""
+        return state.choices
+
     def generate(self, state: State, active: np.ndarray) -> tuple[Array, Array]:
         """See ``answering.Programs``."""
-        return self._search(state, self._greedy)(self.params, *state[1:], active)
+        return self._search(state, self._greedy)(self.params, *state[1:4], active)
 
     def score(self, state: State, targets: np.ndarray) -> Array:
         """See ``answering.Programs``."""
-        return self._search(state, self._score)(self.params, *state[1:], targets)
+        return self._search(state, self._score)(self.params, *state[1:4], targets)
 
     def query_vectors(self, query_tokens: np.ndarray) -> Array:
         """[N, Lq] int32 -> [N, D] float32, for any N: rows are cut and padded to the buckets."""

@@ -230,7 +230,11 @@ class Transformer(nn.Module):
 
     def decode(self, inputs: Array, segments: Array, memory: Memory, deterministic: bool = True) -> Array:
         """Decoder inputs [B, T] int32 -> states [B, T, D], which ``output`` makes logits of."""
-        return self.decoder(self.token_embedder(inputs, self.dtype), segments, memory, deterministic)
+        return self.decode_embedded(self.token_embedder(inputs, self.dtype), segments, memory, deterministic)
+
+    def decode_embedded(self, inputs: Array, segments: Array, memory: Memory, deterministic: bool = True) -> Array:
+        """``decode`` of input vectors [B, T, D] that stand for no token of the vocabulary."""
+        return self.decoder(inputs.astype(self.dtype), segments, memory, deterministic)
 
     def step(self, tokens: Array, memory: Memory, cache: DecoderCache, valid: Array | None = None):
         """One position: tokens [B] int32 -> (logits [B, vocab] float32, cache)."""

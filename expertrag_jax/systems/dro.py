@@ -11,9 +11,14 @@ and answers. The choice is a latent variable, and training alternates:
 Both are T5s, the generator at the root of the parameters and the selector under ``selector/``. Both encode every
 candidate on its own together with the question (fusion-in-decoder, arXiv 2007.01282): a small reader of concatenated
 passages does not learn which one to read, and a passage is encoded once whatever number of choices holds it. Encoders
-do not know the order; an embedding is added to a passage's states behind the encoder: for the selector its identifier,
-which is also what the selector's decoder emits; for the generator its place in the choice, as a prompt would number
-the passages. Identifiers are the last n rows of the selector's embedding and places the last K of the generator's.
+do not know the order; an embedding is added to a passage's states behind the encoder: for the selector its number, for
+the generator its place in the choice, as a prompt would number the passages. Numbers are the last n rows of the
+selector's embedding and places the last K of the generator's.
+
+What the selector's decoder emits and reads back is a candidate's *identifier*: its number's embedding plus the sum of
+its states over the square root of how many they are, one vector in both places, as embeddings are tied. A bare number
+says where a candidate stands and not what it says; then the next one, which a passage chosen before points to, has to
+be found by attention alone, which a small selector does not learn (docs/results/dro.md).
 
 Before EM comes a warm-up: the generator learns on the K passages retrieved first, then the selector to choose the K
 candidates under which, each read alone, the generator finds the answer likeliest.
@@ -67,17 +72,30 @@ class Estimate:
 
 
 @struct.dataclass
+class Reading(Memory):
+    """What answering reads.
+
+    Attributes:
+      choices: [B, K] int32, which of the candidates it holds.
+    """
+
+    choices: Array
+
+
+@struct.dataclass
 class Candidates:
     """B questions' candidates, encoded by one of the two models.
 
     Attributes:
       states: [B, n, P, D]. mask: [B, n, P] bool. present: [B, n] bool.
+      summary: [B, n, D], the sum of a candidate's states over the square root of how many they are.
       router: the encoder's router collection.
     """
 
     states: Array
     mask: Array
     present: Array
+    summary: Array
     router: dict
 
 
@@ -207,11 +225,13 @@ class DRO:
                 f"{self.num_candidates}: set NUM_PASSAGES to a number between them."
             )
         config, params = self._selector, params["selector"]
+        embedding = params["token_embedder"]["embedding"]
         encode_rng, decode_rng = (None, None) if rng is None else jax.random.split(rng)
         candidates = self._encode(config, params, passage_tokens, encode_rng)
-        first = config.vocab_size - self.num_candidates  # identifier of the first candidate
-        identifiers = params["token_embedder"]["embedding"][first : first + count].astype(candidates.states.dtype)
-        states = (candidates.states + identifiers[:, None]).reshape(len(passage_tokens), -1, config.embed_dim)
+        first = config.vocab_size - self.num_candidates  # the first candidate's number
+        numbers = embedding[first : first + count].astype(candidates.states.dtype)
+        identifiers = numbers + candidates.summary  # [B, n, D]
+        states = (candidates.states + numbers[:, None]).reshape(len(passage_tokens), -1, config.embed_dim)
         mask = candidates.mask.reshape(len(passage_tokens), -1)
         memory, _ = generator.apply(config, params, states, mask, method="memory")
 
@@ -219,12 +239,16 @@ class DRO:
             rows, samples, places = choices.shape
             # All samples of a question in one decoder row, kept apart by segments: the memory is not repeated, and a
             # relative position does not tell where in the row it is.
-            inputs = jnp.pad(choices[..., :-1] + first, ((0, 0), (0, 0), (1, 0))).reshape(rows, -1)
-            segments = jnp.broadcast_to(jnp.repeat(jnp.arange(1, samples + 1), places), inputs.shape)
-            logits, router = generator.apply(
-                config, params, inputs, segments, memory, decode_rng is None, method="logits", rng=decode_rng
+            said = jax.vmap(lambda each, chosen: each[chosen])(identifiers, choices[..., :-1])
+            start = jnp.broadcast_to(embedding[0].astype(said.dtype), (rows, samples, 1, said.shape[-1]))
+            inputs = jnp.concatenate([start, said], axis=2).reshape(rows, samples * places, -1)
+            segments = jnp.broadcast_to(jnp.repeat(jnp.arange(1, samples + 1), places), inputs.shape[:2])
+            states, router = generator.apply(
+                config, params, inputs, segments, memory, decode_rng is None, method="decode_embedded", rng=decode_rng
             )
-            return logits[..., first : first + count].reshape(rows, samples, places, count), (candidates.router, router)
+            logits = jnp.einsum("btd,bnd->btn", states, identifiers, preferred_element_type=jnp.float32)
+            logits = logits.reshape(rows, samples, places, count) / config.embed_dim**0.5
+            return logits, (candidates.router, router)
 
         return score, candidates.present[:, None]
 
@@ -291,8 +315,10 @@ class DRO:
         states, router = generator.apply(
             config, params, fusion.fold_passages(passage_tokens), None, rng is None, method="encode", rng=rng
         )
-        mask = passage_tokens > 0
-        return Candidates(states.reshape(rows, count, length, -1), mask, mask.any(-1), router)
+        states, mask = states.reshape(rows, count, length, -1), passage_tokens > 0
+        summed = jnp.where(mask[..., None], states, 0).sum(2)
+        summary = summed / jnp.sqrt(jnp.maximum(mask.sum(-1), 1))[..., None].astype(states.dtype)
+        return Candidates(states, mask, mask.any(-1), summary, router)
 
     # E-step
 
@@ -402,9 +428,11 @@ class DRO:
         """p_ret [B] float32: it always retrieves."""
         return jnp.ones(question.features.shape[0])
 
-    def read(self, params, passage_tokens: Array, question_tokens: Array | None = None) -> Memory:
-        """Candidates [B, n, P] int32, question included -> Memory of the K that the selector chooses, in its order."""
-        return self.read_choices(params, passage_tokens, self.select(params, passage_tokens))[0]
+    def read(self, params, passage_tokens: Array, question_tokens: Array | None = None) -> Reading:
+        """Candidates [B, n, P] int32, question included -> the K that the selector chooses, in its order."""
+        choices = self.select(params, passage_tokens)
+        memory, _ = self.read_choices(params, passage_tokens, choices)
+        return Reading(memory.layers, memory.mask, choices[:, 0])
 
     def begin(self, params, memory: Memory) -> tuple[Array, DecoderCache]:
         """First decoder step over a memory: ([B, V] log-probabilities, cache)."""

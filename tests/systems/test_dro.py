@@ -201,6 +201,7 @@ def test_answers_come_from_the_selected_passages(setting):
         return system.begin(params, system.read(params, batch.passage_tokens))[0]
 
     chosen = jax.jit(system.select)(params, batch.passage_tokens)
+    np.testing.assert_array_equal(jax.jit(system.read)(params, batch.passage_tokens).choices, chosen[:, 0])
     logits = jax.jit(lambda: system.answer_losses(params, batch, chosen)[1])()
     np.testing.assert_allclose(first(), jax.nn.log_softmax(logits[:, 0]), rtol=1e-4, atol=1e-5)
     _, metrics = jax.jit(system.evaluation_loss)(params, batch)
