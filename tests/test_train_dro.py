@@ -63,6 +63,9 @@ def test_dro_trains_in_alternation_and_answers(files, tmp_path):
     assert phases == iterations  # of three
     measured = [record["eval/loss"] for record in records if "eval/loss" in record]
     assert len(measured) == 2 and measured[0] == measured[1]
+    # Of equal ones the first is the best; it stays, and is the one that answers.
+    assert sorted(path.name for path in (tmp_path / "model" / "checkpoints").glob("[0-9]*")) == ["4", "8"]
+    assert open_model(tmp_path / "model").source.name == "4"
     sizes = [record["effective_sample_size"] for record in records if "effective_sample_size" in record]
     assert len(sizes) == 4 and all(1 <= size <= 3 for size in sizes)
     model = open_model(tmp_path / "model")
@@ -89,9 +92,11 @@ def test_dro_trains_online_and_answers_over_a_dense_index(files, tiny, tmp_path)
         *(f"--gin.dual_encoder.DualEncoderConfig.{size}" for size in ("embed_dim=16", "output_dim=12")),
         f"--gin.dual_encoder.DualEncoderConfig.vocab_size={tiny.vocabulary.size}",
     )  # fmt: skip
-    online = ("--gin.ONLINE=True", "--gin.ITERATIONS=1", "--gin.EVAL_DATASETS=None")
+    online = ("--gin.ONLINE=True", "--gin.ITERATIONS=2", "--gin.TRAIN_STEPS=1", "--gin.PATIENCE=9")
     records = train(files, tmp_path / "model", *online, *dense)
-    assert [record["phase"] for record in records] == ["warm_generator"] * 2 + ["warm_selector"] * 2 + ["online"] * 2
+    phases = [record["phase"] for record in records if "eval/loss" not in record]
+    assert phases == ["warm_generator"] * 2 + ["warm_selector"] * 2 + ["online_1", "online_2"]
+    assert [record["phase"] for record in records if "eval/loss" in record] == ["online_1", "online_2"]
     carried = open_model(tmp_path / "model").params["query_encoder"]
     jax.tree.map(np.testing.assert_array_equal, dict(carried), dict(tiny.params["query_encoder"]))
     asked = ("--questions", files / "questions.jsonl", "--output", tmp_path / "answers.jsonl")

@@ -109,7 +109,8 @@ class DRO:
         index is lexical.
       num_candidates: n. num_selected: K. num_samples: m. iterations: N.
       online: both steps of EM in each training step. Otherwise the E-step's choices and weights are those of the
-        parameters at the iteration's start, which are kept under ``previous/``.
+        parameters at the iteration's start, which are kept under ``previous/``. Either way an iteration has its own
+        optimizer state, and is measured and saved at its end.
       temperature, top_p: of the proposal, see ``permutations.sample``.
       max_target_length, label_smoothing, z_loss, balance_loss_factor, router_z_loss_factor: as in ``ExpertRAG``;
         smoothing and z-loss are the M-step's, never the weights'.
@@ -156,7 +157,7 @@ class DRO:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Two warm-ups, then N times estimation and maximization; or ``online``, one phase of as many steps."""
+        """Two warm-ups, then N times estimation and maximization, or N times both ``online``."""
         warm_up = (
             Phase(
                 "warm_generator", self.warm_generator_steps, self.warm_generator_loss, self.warm_optimizer, (GENERATOR,)
@@ -166,17 +167,14 @@ class DRO:
             ),
         )
         both = (GENERATOR, SELECTOR)
-        if self.online:
-            steps = self.iterations * self.iteration_steps
-            return (*warm_up, Phase("online", steps, self.online_loss, self.optimizer, both))
-        iterations = (
-            (
-                Phase(f"estimation_{i}", 2, self.distance_to_previous, copying, (PREVIOUS,)),
-                Phase(f"maximization_{i}", self.iteration_steps, self.loss, self.optimizer, both),
-            )
-            for i in range(1, self.iterations + 1)
-        )
-        return warm_up + tuple(phase for pair in iterations for phase in pair)
+        phases = list(warm_up)
+        for i in range(1, self.iterations + 1):
+            if self.online:
+                phases.append(Phase(f"online_{i}", self.iteration_steps, self.online_loss, self.optimizer, both))
+                continue
+            phases.append(Phase(f"estimation_{i}", 2, self.distance_to_previous, copying, (PREVIOUS,)))
+            phases.append(Phase(f"maximization_{i}", self.iteration_steps, self.loss, self.optimizer, both))
+        return tuple(phases)
 
     # Parameters
 

@@ -16,7 +16,8 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStopping:
-    """When to stop. The best checkpoint stays where ``retention.Retention`` keeps the best by the same metric.
+    """When to stop. The best checkpoint stays where ``retention.Retention`` keeps the best by the same metric; whoever
+    then opens the MODEL_DIR gets that one (``pretrained.read_whole``). Training itself goes on from the newest.
 
     Attributes:
       metric: a name in the log, such as ``"eval/loss"``.
@@ -64,7 +65,7 @@ class Patience:
     def add(self, step: int, phase: str, figures: Mapping[str, float]) -> None:
         """Takes note of what was measured at a step; the rule's metric may be missing."""
         rule = self._rule
-        if rule is None or not re.fullmatch(rule.phases, phase) or rule.metric not in figures:
+        if not self.covers(phase) or rule.metric not in figures:
             return
         value = float(figures[rule.metric])
         gain = math.inf if self.best is None else (value - self.best) * (1 if rule.larger_is_better else -1)
@@ -78,9 +79,13 @@ class Patience:
                 step, rule.metric, self.best_step, self.best if self.best is not None else math.nan, self.in_vain,
             )  # fmt: skip
 
+    def covers(self, phase: str) -> bool:
+        """Whether the rule is about a phase."""
+        return self._rule is not None and re.fullmatch(self._rule.phases, phase) is not None
+
     def skips(self, phase: str) -> bool:
         """Whether a phase is left out, or left."""
-        return self.exhausted and re.fullmatch(self._rule.phases, phase) is not None
+        return self.exhausted and self.covers(phase)
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready state."""

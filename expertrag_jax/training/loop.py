@@ -322,6 +322,7 @@ class Run:
         with self.telemetry.lost("checkpoint"):
             place = {"phase": phase.name, "phase_step": phase_step, "mesh": dict(self.layout.mesh.shape)}
             place["early_stopping"] = self.patience.as_json()
+            place["best_step"] = self.patience.best_step if self.patience.covers(phase.name) else None
             self.checkpoints.save(step, state, {**self.facts, **place}, self.telemetry.logged(step))
 
     def wait(self) -> None:

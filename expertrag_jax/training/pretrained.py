@@ -73,15 +73,16 @@ class Stored:
 def read_whole(path: str | Path, read: Callable[[Stored], _T]) -> _T:
     """``read(stored)`` of the checkpoint that ``path`` means.
 
-    Of a MODEL_DIR or its ``checkpoints`` that is the newest one for which nothing ``Damaged`` is met; a warning tells
-    which ones were passed over, and nothing is changed. Any other path means itself.
+    Of a MODEL_DIR or its ``checkpoints`` that is the newest one for which nothing ``Damaged`` is met, or, after a
+    training with early stopping, the one that it found best, if that was kept and is whole. A warning tells which
+    damaged ones were passed over, and nothing is changed. Any other path means itself.
 
     Raises:
       UserError: there is no checkpoint, the one that is named is damaged, or all are.
     """
     path, damaged = Path(path).expanduser().absolute(), {}
     directories = _steps(path)
-    for directory in directories or [path]:
+    for directory in _best_first(directories) or [path]:
         try:
             found = read(Stored(directory))
         except Damaged as error:
@@ -175,6 +176,22 @@ def _described(directory: Path) -> tuple[Any, dict[str, Any], bool]:
     if described and any(list(shape) != described[name]["shape"] for name, shape in shapes(tree).items()):
         raise Damaged("its shapes are not what was saved")
     return tree, metadata, whole_state
+
+
+def _best_first(directories: list[Path]) -> list[Path]:
+    """Steps, the newest first, with the one in front that the newest whole one calls best."""
+    for newest in directories:
+        try:
+            best = Stored(newest).metadata.get("best_step")
+        except Damaged:
+            continue
+        if best is None or str(best) == newest.name:
+            break
+        chosen = [directory for directory in directories if directory.name == str(best)]
+        told = "taking it, and not step %s" if chosen else "it was not kept (see Retention.best): taking step %s"
+        _LOG.info(f"%s: validation found step %s best; {told}, the newest", newest.parent, best, newest.name)
+        return chosen + [directory for directory in directories if directory not in chosen]
+    return directories
 
 
 def _steps(path: Path) -> list[Path]:

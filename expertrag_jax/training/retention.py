@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ class Retention:
         step; one at whose step nothing was measured is never among the best, so let the period of checkpoints be a
         multiple of the evaluation's.
       larger_is_better: whether the best have the largest values.
+      phases: regular expression: the phases of such names are compared with one another, as the iterations of one
+        training are, and no others; None: every phase by itself.
     """
 
     latest: int = 3
@@ -34,6 +37,7 @@ class Retention:
     best: int = 0
     metric: str = "eval/loss"
     larger_is_better: bool = False
+    phases: str | None = None
 
     def __post_init__(self):
         if self.latest < 0 or self.best < 0 or (self.every_steps is not None and self.every_steps < 1):
@@ -59,11 +63,11 @@ class Retention:
           step, phase: of the checkpoint.
           metrics: what was logged at this step, by name.
         """
-        if not self.best:
+        if not self.best or not (self.phases is None or re.fullmatch(self.phases, phase)):
             return None
         value = metrics.get(self.metric)
         if isinstance(value, (int, float)) and math.isfinite(value):
-            return {"phase": phase, "value": float(value)}
+            return {"phase": self.phases or phase, "value": float(value)}
         _LOG.warning(
             "the checkpoint at step %d is not compared by %s, which has no finite value at this step (there are: %s)",
             step, self.metric, ", ".join(sorted(metrics)) or "none",
@@ -73,12 +77,12 @@ class Retention:
 
 @dataclasses.dataclass(frozen=True)
 class _Best:
-    """Orbax's ``BestN``, for each phase by itself: losses of two phases have nothing in common."""
+    """Orbax's ``BestN``, for each phase, or group of phases, by itself: losses of others have nothing in common."""
 
     retention: Retention
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One answer per checkpoint; of equal ones the newest stays."""
+        """One answer per checkpoint; of equal ones the oldest stays, as ``early_stopping`` sees it."""
         del context
         phases: dict[str, list[Any]] = {}
         for checkpoint in checkpoints:
@@ -87,6 +91,6 @@ class _Best:
         sign = 1 if self.retention.larger_is_better else -1
         best = set()
         for members in phases.values():
-            members.sort(key=lambda member: (sign * member.metrics["value"], member.step))
+            members.sort(key=lambda member: (sign * member.metrics["value"], -member.step))
             best.update(member.step for member in members[max(0, len(members) - self.retention.best) :])
         return [checkpoint.step in best for checkpoint in checkpoints]

@@ -222,7 +222,7 @@ def test_tree_axes_description_and_online(tiny):
     assert (again.model, again.selector, again.num_samples) == (system.model, system.selector, 4)
     online = make(tiny, online=True, iteration_steps=7, optimizer=lambda: optax.sgd(0.1))
     assert "previous" not in jax.eval_shape(online.init, jax.random.key(0))
-    assert [(phase.name, phase.steps) for phase in online.phases][2:] == [("online", 14)]
+    assert [(phase.name, phase.steps) for phase in online.phases][2:] == [("online_1", 7), ("online_2", 7)]
     paper = DRO(tiny.model())
     assert (paper.num_candidates, paper.num_selected, paper.num_samples, paper.iterations) == (20, 5, 8, 5)
 

@@ -216,6 +216,17 @@ def test_retention_keeps_the_newest_every_n_and_the_best_of_each_phase(toy, mesh
     assert save([6, 7, 8]) == [2, 4, 5, 7, 8]
 
 
+def test_phases_can_be_compared_with_one_another(toy, mesh, tmp_path, caplog):
+    """The best of all iterations stays; a phase that the rule does not name is neither kept nor told of."""
+    _, _, state = entered(toy, mesh)
+    losses = {1: ("em_1", 0.3), 2: ("em_2", 0.1), 3: ("em_3", 0.2), 4: ("copy_4", None), 5: ("em_4", 0.5)}
+    with Checkpoints(tmp_path, Retention(latest=1, best=1, phases="em_.*")) as checkpoints:
+        for step, (phase, loss) in losses.items():
+            checkpoints.save(step, state, {"phase": phase}, {} if loss is None else {"eval/loss": loss})
+    assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [2, 5]
+    assert "is not compared" not in caplog.text
+
+
 @pytest.mark.parametrize("values", [{"latest": -1}, {"every_steps": 0}, {"best": -2}])
 def test_a_retention_that_means_nothing_is_refused(values):
     with pytest.raises(UserError, match="none of them is negative"):

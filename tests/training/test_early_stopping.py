@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.systems.system import Phase
+from expertrag_jax.training import pretrained
 from expertrag_jax.training.early_stopping import EarlyStopping, Patience
 from expertrag_jax.training.loop import Hook, train
+from expertrag_jax.training.retention import Retention
 
 
 def fed(rule, values, **where):
@@ -87,11 +90,11 @@ def test_a_run_leaves_its_phase_and_stays_stopped(tmp_path):
     def data(start):
         return iter([np.zeros((8, 1), np.float32)] * (4 - start))
 
-    def run(**more):
+    def run(model="model", **more):
         hooks = (Hook("eval", 1, measure),)
         rule = EarlyStopping(patience=1, phases="em_.*")
         datasets = dict.fromkeys(("em_1", "em_2", "gate"), data)
-        return train(Line(), datasets, tmp_path / "model", hooks=hooks, early_stopping=rule, log_period=1, **more)
+        return train(Line(), datasets, tmp_path / model, hooks=hooks, early_stopping=rule, log_period=1, **more)
 
     state = run()
     assert float(state.params["w"]) == int(state.step) == 7 and seen == [1, 2, 3, 4, 5, 6, 7]
@@ -100,3 +103,16 @@ def test_a_run_leaves_its_phase_and_stays_stopped(tmp_path):
         path = tmp_path / "model" / "checkpoints" / str(step)
         path.exists() and path.rename(tmp_path / f"moved_{step}")
     assert int(run().step) == 7 and seen[7:] == [4, 5, 6, 7]
+
+    def opened(model):
+        return float(pretrained.restore_parameters(tmp_path / model, {"w": jnp.zeros(())})["w"])
+
+    # Whoever opens the directory gets the newest of `gate`, of which the rule says nothing; without that, the best.
+    assert opened("model") == 7
+    keep = Retention(latest=1, best=1, phases="em_.*")
+    kept = {"phases": Line().phases[:2], "checkpoint_period": 1, "keep_checkpoints": keep}
+    state = run("best", **kept)
+    assert int(state.step) == 3 and opened("best") == 2
+    assert sorted(path.name for path in (tmp_path / "best" / "checkpoints").glob("[0-9]*")) == ["2", "3"]
+    shutil.rmtree(tmp_path / "best" / "checkpoints" / "2")
+    assert opened("best") == 3
