@@ -105,6 +105,26 @@ def test_dro_trains_online_and_answers_over_a_dense_index(files, tiny, tmp_path)
     assert len(answers) == 15 and {len(answer["passages"]) for answer in answers} == {2}
 
 
+def test_a_run_that_stops_in_an_iteration_goes_on_bit_for_bit(files, tmp_path):
+    """Cut off between two iterations and in the middle of one: both ends equal the run that was not."""
+    given = ("--gin.ITERATIONS=2", "--gin.PATIENCE=9", "--gin.KEEP_CHECKPOINTS=0", "--gin.CHECKPOINT_PERIOD=1")
+    given += ("--gin.optimizer.adamw.learning_rate=1e-3", "--gin.WARM_GENERATOR_STEPS=1", "--gin.WARM_SELECTOR_STEPS=1")
+    records = train(files, tmp_path / "whole", *given)
+    losses = {record["step"]: record["loss"] for record in records if "eval/loss" not in record}
+    assert len(losses) == 10
+    ends = open_model(tmp_path / "whole", tmp_path / "whole" / "checkpoints" / "10").params
+    for step in (5, 7):  # in the first maximization, behind its estimation
+        cut = tmp_path / f"cut_{step}"
+        shutil.copytree(tmp_path / "whole", cut)
+        for path in (cut / "checkpoints").glob("[0-9]*"):
+            if int(path.name) > step:
+                shutil.rmtree(path)
+        resumed = train(files, cut, *given)
+        assert {r["step"]: r["loss"] for r in resumed if "eval/loss" not in r} == losses
+        again = open_model(cut, cut / "checkpoints" / "10").params
+        jax.tree.map(np.testing.assert_array_equal, dict(again), dict(ends))
+
+
 def test_bad_evaluation_questions_are_refused_before_the_first_step(files, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"question": "Who?", "answers": ["Ann"]}\n[]\n')
     with pytest.raises(AssertionError, match="2 == 0"):
