@@ -6,6 +6,8 @@
   RAG-Sequence's marginal.
 * ``fast``: the same beams; a hypothesis has probability 0 under a passage whose beam does not hold it.
 
+All of them rank what ends before what the limit on tokens cut off.
+
 Every passage's cross-attention keys and values are computed once, in ``RAG.read``; beams share them. Shapes: B
 questions, K passages, W beams, N = K * W hypotheses, T tokens, V vocabulary.
 """
@@ -146,8 +148,13 @@ def same(hypotheses: Array) -> Array:
 
 
 def ordered(hypotheses: Array, scores: Array) -> tuple[Array, Array]:
-    """Both with the best first: [B, N, T], [B, N]."""
-    order = jnp.argsort(-scores, axis=-1)
+    """Both with the best first: [B, N, T], [B, N].
+
+    As in ``decoding.beam`` those that end come before those that the limit cut off, whose score is of all answers that
+    begin so; those that are none come last.
+    """
+    cut_off = ~(hypotheses == decoding.EOS).any(-1)
+    order = jnp.lexsort((-scores, jnp.where(decoding.is_real(scores), cut_off, 2)), axis=-1)
     return jnp.take_along_axis(hypotheses, order[..., None], 1), jnp.take_along_axis(scores, order, 1)
 
 

@@ -145,9 +145,11 @@ def test_thorough_decoding_is_exact_with_wide_beams(sequence):
     real = np.asarray(decoding.is_real(scores))
     assert (real.sum(-1) == len(ANSWERS)).all()  # the union of all beams, each hypothesis once
     for row in range(QUESTIONS):
-        order = np.argsort(-probabilities[row])
+        order = np.lexsort((-probabilities[row], ~ENDED))
         np.testing.assert_allclose(np.exp(scores[row][real[row]]), probabilities[row, order], rtol=1e-3)
         assert np.asarray(tokens[row, 0]).tolist() == ANSWERS[order[0]].tolist()
+    cut_off = np.where(ENDED, 0, probabilities).max(-1)  # the likeliest of all, for some question: it still comes behind
+    assert (cut_off > np.where(ENDED, probabilities, 0).max(-1)).any()
 
 
 @pytest.mark.parametrize("beams", [2])
@@ -181,7 +183,9 @@ def test_thorough_and_fast_decoding_of_narrow_beams(sequence, beams):
                 if decoding.is_real(score)
             }
             assert found == pytest.approx(expected[rule], rel=1e-3), (rule, row)
-            assert (np.diff(scores[row]) <= 0).all()
+            ends = (np.asarray(tokens[row]) == 1).any(-1)
+            rank = np.where(decoding.is_real(scores[row]), ~ends, 2)
+            assert (np.diff(rank) >= 0).all() and all((np.diff(scores[row][rank == r]) <= 0).all() for r in (0, 1))
     assert lower  # the two rules do differ
 
 
