@@ -296,7 +296,8 @@ def evaluation(
 ) -> Callable[[Any, int], dict[str, float]]:
     """``(params, step) -> {"loss": ...}`` over the data set's first batches.
 
-    A system without an ``evaluation_loss`` is measured with its training loss, dropout included.
+    Batches are prepared as those of the phase are. A system without an ``evaluation_loss`` is measured with its training
+    loss, dropout included.
     """
     without_noise = getattr(system, "evaluation_loss", None)
 
@@ -311,6 +312,7 @@ def evaluation(
         del step
         totals: dict[str, np.ndarray] = {}
         for batch in itertools.islice(dataset(0), steps):
+            batch = batch if phase.prepare is None else phase.prepare(params, batch)
             found = jax.device_get(batch_metrics(params, partitioning.global_batch(batch, mesh)))
             for name, (total, count) in found.items():
                 if np.ndim(total) == 0:

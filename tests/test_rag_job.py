@@ -65,8 +65,12 @@ def records(path):
 
 def test_rag_trains_and_answers_from_either_index(files, tiny, tmp_path):
     model = tmp_path / "model"
-    assert training(files, tiny, model, "rag_sequence", DECODING="thorough", NUM_BEAMS=2, NULL_DOCUMENT=True) == 0
-    logged = records(model / "logs" / "metrics.jsonl")
+    measured = {"EVAL_QUESTIONS": str(files / "questions.jsonl"), "EVAL_PERIOD": 1}
+    form = {"DECODING": "thorough", "NUM_BEAMS": 2, "NULL_DOCUMENT": True}
+    assert training(files, tiny, model, "rag_sequence", **form, **measured) == 0
+    everything = records(model / "logs" / "metrics.jsonl")
+    assert [record["step"] for record in everything if "eval/loss" in record] == [1, 2]
+    logged = [record for record in everything if "eval/loss" not in record]
     assert all(record["loss"] > 0 and 0 < record["retrieval/prior_entropy"] for record in logged)
     before = parameters.flatten(tiny.params["query_encoder"])["projection/kernel"]
     after = parameters.flatten(open_model(model).params["query_encoder"])["projection/kernel"]
@@ -77,6 +81,19 @@ def test_rag_trains_and_answers_from_either_index(files, tiny, tmp_path):
         with_index = () if edition == 0 else ("--index_dir", files / "index1")
         assert ask(files, model, output, *with_index) == 0
         assert all(len(record["passages"]) == 2 and record["score"] < 0 for record in records(output))
+    # Evaluation answers with the same decoder, and the arm without evidence reads the question alone.
+    given = ("--gin.evaluate.evaluate.buckets=(4,)", "--gin.evaluate.evaluate.throughput_questions=8")
+    given += ("--gin.evaluate.evaluate.latency_questions=2", "--gin.evaluate.evaluate.rounds=1")
+    asked = ("--questions", files / "questions.jsonl", "--output_dir", tmp_path / "report")
+    assert run("evaluate", "--model_dir", model, *asked, *given) == 0
+    predicted = records(tmp_path / "report" / "predictions.jsonl")
+    answers = records(tmp_path / "answers0.jsonl")
+    assert [(p["with"], p["passages"]) for p in predicted] == [
+        (a["prediction"], [passage["id"] for passage in a["passages"]]) for a in answers
+    ]
+    assert all(p["retrieve"] and p["p_ret"] == 1 for p in predicted)
+    policies = json.loads((tmp_path / "report" / "report.json").read_text())["editions"]["test"]["policies"]
+    assert policies["gate"]["retrieval_rate"] == 1 and policies["never"]["retrieval_rate"] == 0
 
 
 def ask(files, model, output, *options):

@@ -74,6 +74,13 @@ def test_dro_trains_in_alternation_and_answers(files, tmp_path):
     run("infer", "--model_dir", tmp_path / "model", *asked, "--buckets=4")
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 15 and {len(answer["passages"]) for answer in answers} == {2}  # those that were chosen
+    # Evaluation reads the same passages; and gives the same answers.
+    small = [f"--gin.evaluate.evaluate.{name}" for name in ("buckets=(4,)", "throughput_questions=8", "rounds=1")]
+    asked = ("--questions", files / "questions.jsonl", "--output_dir", tmp_path / "report")
+    run("evaluate", "--model_dir", tmp_path / "model", *asked, *small, "--gin.evaluate.evaluate.latency_questions=2")
+    predicted = [json.loads(line) for line in (tmp_path / "report" / "predictions.jsonl").read_text().splitlines()]
+    for ours, theirs in zip(answers, predicted, strict=True):
+        assert theirs["with"] == ours["prediction"] and theirs["passages"] == [p["id"] for p in ours["passages"]]
     # An export chooses and answers alike.
     run("export", "--model_dir", tmp_path / "model", "--export_dir", tmp_path / "export", "--buckets=4")
     asked = ("--questions", files / "questions.jsonl", "--output", tmp_path / "exported.jsonl")

@@ -23,6 +23,11 @@ class _From:
         return self.dataset(self.start + step)
 
 
+def where_given(questions: Any, datasets: Mapping[str, Dataset]) -> Mapping[str, Dataset]:
+    """The data sets, if there are questions; none otherwise: for EVAL_DATASETS where EVAL_QUESTIONS may be None."""
+    return {} if questions is None else datasets
+
+
 class PhaseData(Mapping):
     """``{phase name: dataset}``, for DATASETS and EVAL_DATASETS.
 

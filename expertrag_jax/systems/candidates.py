@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +47,6 @@ def with_vectors(batch: Batch, retriever: Retriever) -> Batch:
             "RAG's prior comes: name a dense index."
         )
     return batch.replace(passage_vectors=vectors)
-
-
-@dataclasses.dataclass(eq=False)
-class WithVectors:
-    """A data set whose batches have ``passage_vectors``, for evaluations: ``(start_step) -> batches``."""
-
-    dataset: Callable[[int], Iterator[Batch]]
-    retriever: Retriever
-
-    def __call__(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from ``start_step`` on."""
-        for batch in self.dataset(start_step):
-            yield with_vectors(batch, self.retriever)
-
-    def check(self) -> None:
-        """Lets the data set look whether it can serve."""
-        getattr(self.dataset, "check", lambda: None)()
 
 
 @dataclasses.dataclass(eq=False)

@@ -213,7 +213,7 @@ class RAG:
         if batch.passage_vectors is None:
             raise UserError(
                 "RAG's prior needs passage_vectors in the batch: bind RAG.candidates to candidates.Candidates over an "
-                "index with vectors (an evaluation's data set to candidates.WithVectors)."
+                "index with vectors."
             )
         inputs = (batch.encoder_input_tokens, batch.query_tokens, batch.passage_tokens, batch.passage_vectors)
         documents, passage_tokens, encoder_router = self._documents(params, *inputs, *keys[:2])

@@ -34,7 +34,8 @@ class Phase:
         counts the phase's own steps.
       trainable: regular expressions; a parameter trains when one of them matches its whole path, ``gate/.*``.
         All others are frozen: no gradient, no optimizer state.
-      prepare: ``(params, batch) -> batch``, on the host before the step (hard negatives, fresh candidates).
+      prepare: ``(params, batch) -> batch``, on the host before the step (hard negatives, fresh candidates), and before
+        the phase's evaluation.
       finish: ``(params) -> None``, on the host behind the last step, before its checkpoint is written.
     """
 
