@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="m")
     parser.add_argument("--iterations", type=int, default=4, help="N")
     parser.add_argument("--steps", type=int, default=200, help="of an iteration")
-    parser.add_argument("--warm_generator_steps", type=int, default=2000)
+    parser.add_argument("--warm_generator_steps", type=int, default=1000)
     parser.add_argument("--warm_selector_steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=0.02, help="relative to a parameter's size")
     parser.add_argument("--test", type=int, default=1000, help="questions")
