@@ -296,7 +296,7 @@ def evaluation(
 ) -> Callable[[Any, int], dict[str, float]]:
     """``(params, step) -> {"loss": ...}`` over the data set's first batches.
 
-    Batches are prepared as those of the phase are. A system without an ``evaluation_loss`` is measured with its training
+    Batches are prepared as the phase's own are. A system without an ``evaluation_loss`` is measured with its training
     loss, dropout included.
     """
     without_noise = getattr(system, "evaluation_loss", None)

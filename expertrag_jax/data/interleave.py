@@ -58,23 +58,24 @@ class Interleave:
 
     Attributes:
       pipelines: callables from a start step to an iterator of batches.
-      weights: how many batches of each there are in a period; whole numbers, at least 1.
+      weights: how many batches of each there are in a period; whole numbers, 0 leaves a pipeline out.
 
     Raises:
-      UserError: no pipeline, or weights that are no whole numbers from 1.
+      UserError: no pipeline, or weights that are no whole numbers from 0, or all 0.
     """
 
     pipelines: Sequence[Batches]
     weights: Sequence[int]
 
     def __post_init__(self):
-        wrong = [w for w in self.weights if w != int(w) or w < 1]
-        if not self.pipelines or len(self.pipelines) != len(self.weights) or wrong:
+        wrong = [w for w in self.weights if w != int(w) or w < 0]
+        if len(self.pipelines) != len(self.weights) or wrong or not any(self.weights):
             raise UserError(
                 f"interleaving {len(self.pipelines)} pipelines with weights {list(self.weights)}: give each "
-                "pipeline a whole number of batches per period, at least 1"
+                "pipeline a whole number of batches per period, and at least one of them more than 0"
             )
-        self.weights = [int(w) for w in self.weights]
+        self.pipelines = [pipeline for pipeline, w in zip(self.pipelines, self.weights) if w]
+        self.weights = [int(w) for w in self.weights if w]
         self.period = schedule(self.weights)
 
     def __call__(self, start_step: int = 0) -> Iterator[Batch]:

@@ -38,9 +38,17 @@ def test_it_ends_with_the_first_pipeline_that_ends():
 
 
 def test_wrong_weights_are_refused():
-    for wrong in ([], [(counting("a"), 0)], [(counting("a"), 0.5)]):
+    for wrong in ([], [(counting("a"), 0)], [(counting("a"), 0.5)], [(counting("a"), 2), (counting("b"), -1)]):
         with pytest.raises(UserError, match="whole number"):
             interleave(wrong)
+
+
+def test_a_weight_of_0_leaves_a_pipeline_out():
+    def untouched(start_step):
+        pytest.fail("nobody asks it")
+
+    mixed = interleave([(counting("a"), 1), (untouched, 0), (counting("b"), 1)])
+    assert list(itertools.islice(mixed(1), 3)) == [("b", 0), ("a", 1), ("b", 1)]
 
 
 def test_a_curriculum_gives_each_stage_its_steps():

@@ -148,7 +148,7 @@ def test_thorough_decoding_is_exact_with_wide_beams(sequence):
         order = np.lexsort((-probabilities[row], ~ENDED))
         np.testing.assert_allclose(np.exp(scores[row][real[row]]), probabilities[row, order], rtol=1e-3)
         assert np.asarray(tokens[row, 0]).tolist() == ANSWERS[order[0]].tolist()
-    cut_off = np.where(ENDED, 0, probabilities).max(-1)  # the likeliest of all, for some question: it still comes behind
+    cut_off = np.where(ENDED, 0, probabilities).max(-1)  # for some question the likeliest, and still behind
     assert (cut_off > np.where(ENDED, probabilities, 0).max(-1)).any()
 
 
