@@ -38,8 +38,10 @@ def rag(system: str) -> str:
 # Commands, without `expertrag` and `--dry_run`, in which a file is read; those of its header comment are run too. A
 # file whose header says them all has an empty entry.
 COMMANDS: dict[str, tuple[str, ...]] = {
+    "examples/almanac_rag.gin": (),
     "examples/open_domain.gin": (),
     "examples/raw_text.gin": (),
+    "examples/two_hop.gin": (),
     "examples/wikipedia_qa.gin": (
         "index --gin_file=examples/wikipedia_qa.gin --gin.CORPUS=c --gin.TUNE_QUESTIONS=g",
         "train --gin_file=examples/wikipedia_qa.gin --gin.QUESTIONS=q --gin.GATE_QUESTIONS=g",

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from expertrag_jax.retrieval.corpus import read_questions_jsonl
 from tasks.almanac import AlmanacConfig, AlmanacError, Lesson, World
 from tasks.almanac.examples import splits
 
@@ -90,3 +91,20 @@ def test_an_impossible_world_leaves_nothing_behind(tmp_path):
     with pytest.raises(AlmanacError):
         builder.prepare(AlmanacConfig(num_entities=40), tmp_path, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_questions_as_files(data_dir, tmp_path):
+    from tasks.almanac.question_files import write_question_files
+
+    world = World(TINY)
+    counts = write_question_files(TINY, data_dir, tmp_path)
+    questions = {name: read_questions_jsonl(tmp_path / f"{name}.jsonl") for name in counts}
+    assert {name: len(found) for name, found in questions.items()} == counts
+    assert counts["test_edition_1"] == counts["test_edition_2"] == 40 and counts["changed_edition_1"] > 0
+    for edition in (1, 2):
+        texts = dict(zip((f"e{row}" for row in range(40)), world.passages(edition).texts))
+        for question in (*questions[f"test_edition_{edition}"], *questions[f"changed_edition_{edition}"]):
+            (gold,) = question.gold_passage_ids
+            assert question.answers[0] in texts[gold]
+    for one, two in zip(questions["changed_edition_1"], questions["changed_edition_2"], strict=True):
+        assert one.id == two.id and one.question == two.question and not set(one.answers) & set(two.answers)

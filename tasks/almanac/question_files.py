@@ -1,0 +1,61 @@
+"""The almanac's questions as JSON lines, for `expertrag train`, `evaluate` and `infer` on the demo's models.
+
+    python -m tasks.almanac.question_files --demo_dir runs/almanac
+
+writes ``runs/almanac/questions/<split>.jsonl``: ``gate`` and ``validation``, and the same test questions with the
+answers of edition 1 and of edition 2, a file each, and once more those whose answer changed between the two. See
+docs/rag.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tasks.almanac.config import AlmanacConfig
+from tasks.almanac.read import read_split
+
+SPLITS = ("gate", "validation", "test_edition_1", "test_edition_2")
+
+
+def write_question_files(world: AlmanacConfig, data_dir: str | Path, directory: str | Path) -> dict[str, int]:
+    """Writes the files below ``directory``; returns how many questions there are, by name.
+
+    Args:
+      data_dir: TFDS's folder of the world, which is generated where it is not there.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    found = {split: read_split(world, data_dir, split) for split in SPLITS}
+    editions = [{record["question"]: record for record in found[f"test_edition_{edition}"]} for edition in (1, 2)]
+    changed = [q for q in editions[0] if set(editions[0][q]["answers"]) != set(editions[1][q]["answers"])]
+    for number, edition in enumerate(editions, 1):
+        found[f"changed_edition_{number}"] = [edition[question] for question in changed]
+    for name, records in found.items():
+        (directory / f"{name}.jsonl").write_text("".join(map(_line, records)), encoding="utf-8")
+    return {name: len(records) for name, records in found.items()}
+
+
+def _line(record: dict) -> str:
+    fields = {"id": str(record["id"]), "question": record["question"], "answers": record["answers"]}
+    fields |= {"gold_passage_ids": [f"e{record['entity']}"], "stratum": record["stratum"]}
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--demo_dir", required=True, help="MODEL_DIR of an `expertrag demo`")
+    parser.add_argument("--entities", type=int, default=1000, help="of the demo's world")
+    parser.add_argument("--seed", type=int, default=0, help="of the demo's world")
+    options = parser.parse_args(arguments)
+    demo = Path(options.demo_dir)
+    world = AlmanacConfig(num_entities=options.entities, seed=options.seed)
+    for name, count in write_question_files(world, demo / "world", demo / "questions").items():
+        print(f"{demo / 'questions' / name}.jsonl: {count} questions")
+
+
+if __name__ == "__main__":
+    main()
