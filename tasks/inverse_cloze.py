@@ -25,7 +25,7 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv
 from expertrag_jax.retrieval.documents import sentences
 
-Pair = tuple[int, str, str, str]  # id, sentence, title, text of the passage
+Pair = tuple[int, int, str, str, str]  # id, row of the passage, sentence, title, text of the passage
 
 
 def register_inverse_cloze(
@@ -71,7 +71,7 @@ def retriever_task(
       tokenise_queries: chunks gain ``query``; None: ``TokeniseQuestions``, which refuses too long ones.
 
     Returns:
-      A task with ``id``, ``query``, ``passages`` (the positive first) and ``passage_relevance``.
+      A task with ``id``, ``query``, ``passages`` (the positive first), ``passage_relevance`` and ``passage_rows``.
     """
     steps = [
         preprocessors.normalise(lambda example: example),
@@ -86,6 +86,7 @@ def retriever_task(
         "query": seqio.Feature(vocabularies.retriever),
         "passages": seqio.Feature(vocabularies.retriever, rank=2),
         "passage_relevance": number(tf.float32, 1),
+        "passage_rows": number(tf.int32, 1),
     }
     return seqio.Task(name, source, features, steps)
 
@@ -112,13 +113,14 @@ class TokeniseSentences:
 
 
 def pair_record(fields: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """A normalised example of ``id``, ``question`` and the passages' ``titles`` and ``texts`` [K]; the first
-    passage is the relevant one."""
+    """A normalised example of ``id``, ``question`` and the passages' ``titles``, ``texts`` and ``rows`` [K]; the
+    first passage is the relevant one."""
     relevance = tf.one_hot(0, tf.shape(fields["titles"])[0])
     return record(fields["question"], tf.constant([], tf.string), id=fields["id"]) | {
         "titles": fields["titles"],
         "texts": fields["texts"],
         "passage_relevance": relevance,
+        "passage_rows": tf.cast(fields["rows"], tf.int32),
     }
 
 
@@ -136,7 +138,7 @@ def draw_pairs(
         for number_, place in enumerate(draw.sample(fit, min(count, len(fit)))):
             removed = len(parts) > 1 and draw.random() < removal_rate
             rest = " ".join(parts[:place] + parts[place + 1 :]) if removed else text
-            yield row * count + number_, parts[place], title, rest
+            yield row * count + number_, row, parts[place], title, rest
 
 
 class _Source:
@@ -154,11 +156,12 @@ class _Source:
             self._pairs = list(self._draw(read_passages_tsv(self._corpus)))
         if not self._pairs:
             raise UserError(f"{self._corpus}: no passage has a sentence long enough for inverse cloze")
-        ids, questions, titles, texts = zip(*self._pairs)
+        ids, rows, questions, titles, texts = zip(*self._pairs)
         fields = {
             "id": np.array(ids, np.int64),
             "question": list(questions),
             "titles": [[title] for title in titles],
             "texts": [[text] for text in texts],
+            "rows": np.array(rows, np.int32)[:, None],
         }
         return tf.data.Dataset.from_tensor_slices(fields).map(pair_record)

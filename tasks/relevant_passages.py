@@ -110,4 +110,5 @@ class _Source:
             "question": [question.question for question in questions],
             "titles": [[passages.titles[row] for row in found] for found in rows],
             "texts": [[passages.texts[row] for row in found] for found in rows],
+            "rows": np.array(rows, np.int32),
         }

@@ -204,11 +204,18 @@ class RetrieverFeatureConverter(BatchFeatureConverter):
     }
 
 
+class CorpusRetrieverFeatureConverter(RetrieverFeatureConverter):
+    """The same where passages are of a corpus, whose rows tell which of them are one."""
+
+    TASK_FEATURES = RetrieverFeatureConverter.TASK_FEATURES | {"passage_rows": _PASSAGES["passage_rows"]}
+
+
 CONVERTERS = (
     DecidedFeatureConverter,
     BothArmsFeatureConverter,
     OpenBookFeatureConverter,
     QuestionFeatureConverter,
+    CorpusRetrieverFeatureConverter,
     RetrieverFeatureConverter,
 )
 

@@ -1,7 +1,7 @@
 """The retriever: a dual encoder trained on in-batch and hard negatives (DPR, arXiv 2004.04906).
 
-Batch: ``query_tokens`` [B, Lq], ``passage_tokens`` [B, K, S] without the question, the positive first. Every
-passage of the (global) batch is a candidate for every question.
+Batch: ``query_tokens`` [B, Lq], ``passage_tokens`` [B, K, S] without the question, the positive first, and, where they
+are of a corpus, their ``passage_rows`` [B, K]. Every passage of the (global) batch is a candidate for every question.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ class DualEncoder:
     def loss(self, params, batch: Batch, rng: Array | None):
         """Mean over questions of -log softmax over all passages of the batch at the question's positive.
 
-        Another question's positive that is the same passage is no negative: its score is masked. Rows
-        without a question or without a positive are padding and count for nothing.
+        Another copy of the question's positive is no negative: its score is masked, where its tokens are the same or,
+        with ``batch.passage_rows``, its row is (inverse cloze takes another sentence out of each copy). Rows without a
+        question or without a positive are padding and count for nothing.
         """
         query_rng, passage_rng = (None, None) if rng is None else jax.random.split(rng)
         count, per_question, length = batch.passage_tokens.shape
@@ -81,6 +82,9 @@ class DualEncoder:
         marks = fingerprint(flat)
         absent = (flat == 0).all(-1)
         hidden = (marks[own][:, None] == marks[None, :]) | absent[None, :]
+        if batch.passage_rows is not None:
+            rows = batch.passage_rows.reshape(-1)
+            hidden |= rows[own][:, None] == rows[None, :]
         hidden &= jnp.arange(flat.shape[0])[None, :] != own[:, None]
         scores = jnp.where(hidden, -1e9, scores / self.temperature)
         losses = -jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), own[:, None], axis=1)[:, 0]

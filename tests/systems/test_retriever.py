@@ -53,6 +53,26 @@ def test_loss_against_brute_force(shared, layers):
     assert ranks == jax.tree.map(lambda leaf: leaf.ndim, params)
 
 
+def test_the_same_row_is_no_negative_whatever_its_tokens():
+    """Inverse cloze: two questions about one passage, each without a sentence of its own."""
+    system = DualEncoder(DualEncoderConfig(vocab_size=VOCAB, embed_dim=8, num_heads=2, head_dim=4, output_dim=6))
+    params, batch = jax.jit(system.init)(jax.random.key(0)), example()
+    rows = np.array([[7, 8], [3, 9], [7, 9], [0, 0]], np.int32)
+    other = batch.passage_tokens.copy()
+    other[2, 0, -1] = 2 + (other[2, 0, -1] - 1) % (VOCAB - 2)  # not question 0's tokens any more, but its row
+    run = jax.jit(lambda batch: system.loss(params, batch, None)[0])
+    queries = np.asarray(system.encode_queries(params, batch.query_tokens), np.float64)
+    vectors = np.asarray(system.encode_passages(params, other.reshape(8, 6)), np.float64)
+    for candidates, given in (
+        ({0: [0, 1, 2, 5], 1: [2, 0, 1, 4, 5], 2: [4, 1, 2, 5]}, rows),
+        ({0: [0, 1, 2, 4, 5], 1: [2, 0, 1, 4, 5], 2: [4, 0, 1, 2, 5]}, None),
+    ):
+        scores = [vectors[columns] @ queries[row] / 0.05 for row, columns in candidates.items()]
+        expected = np.mean([np.log(np.exp(each).sum()) - each[0] for each in scores])
+        loss = run(batch.replace(passage_tokens=other, passage_rows=given))
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
 def test_padding_does_not_change_a_vector():
     system = DualEncoder(DualEncoderConfig(vocab_size=VOCAB, embed_dim=8, num_layers=1, num_heads=2, head_dim=4))
     params, tokens = jax.jit(system.init)(jax.random.key(0)), example().query_tokens[:1]

@@ -43,21 +43,21 @@ def draw(passages=PASSAGES, rate=0.9, count=2, fewest=5, seed=0):
 
 
 def test_a_pair_is_a_sentence_and_the_rest_of_its_passage():
-    for id_, sentence, title, rest in draw(rate=1.0):
-        row = id_ // 2
+    for id_, row, sentence, title, rest in draw(rate=1.0):
+        assert row == id_ // 2
         parts = sentences(TEXTS[row])
         assert sentence in parts and title == f"Title {row}"
         parts.remove(sentence)
         assert rest == " ".join(parts)
-    assert all(rest == TEXTS[id_ // 2] for id_, _, _, rest in draw(rate=0.0))
+    assert all(rest == TEXTS[row] for _, row, _, _, rest in draw(rate=0.0))
 
 
 def test_the_removal_rate_is_kept_and_pairs_are_distinct():
     pairs = draw(Passages(list(map(str, range(2000))), [""] * 2000, TEXTS * 50))
-    removed = np.mean([sentence not in rest for _, sentence, _, rest in pairs])
+    removed = np.mean([sentence not in rest for _, _, sentence, _, rest in pairs])
     assert removed == pytest.approx(0.9, abs=0.02)
     assert len({id_ for id_, *_ in pairs}) == len(pairs) == 4000
-    assert len({(id_ // 2, sentence) for id_, sentence, *_ in pairs}) == 4000
+    assert len({(row, sentence) for _, row, sentence, *_ in pairs}) == 4000
 
 
 def test_draws_depend_on_seed_and_row_alone():
@@ -68,15 +68,16 @@ def test_draws_depend_on_seed_and_row_alone():
 
 def test_the_only_sentence_stays_and_short_ones_are_no_queries():
     lone = Passages(["a", "b"], ["", ""], ["One sentence that stands alone here.", "Too short. Yes."])
-    assert draw(lone, rate=1.0) == [(0, lone.texts[0], "", lone.texts[0])]
+    assert draw(lone, rate=1.0) == [(0, 0, lone.texts[0], "", lone.texts[0])]
 
 
 def test_the_task_gives_queries_and_positives(vocabularies, corpus):
     task = register_inverse_cloze(corpus, vocabularies, removal_rate=1.0, pairs_per_passage=1)
     batch = next(Pipeline(task, LENGTHS, 8, shuffle=False, process_index=0, process_count=1)(0))
     decode = vocabularies.retriever.tokenizer.decode
-    for row, (_, sentence, title, rest) in enumerate(draw(rate=1.0, count=1)[:8]):
+    for row, (_, place, sentence, title, rest) in enumerate(draw(rate=1.0, count=1)[:8]):
         assert decode([int(t) for t in batch.query_tokens[row] if t > 1]) == sentence
+        assert batch.passage_rows[row].tolist() == [place]
         tokens = batch.passage_tokens[row, 0].tolist()
         cut = tokens.index(1)
         assert decode(tokens[:cut]) == title and decode([t for t in tokens[cut + 1 :] if t]) == rest
@@ -129,6 +130,7 @@ def test_questions_come_with_their_gold_passage_first(vocabularies, corpus, lexi
     decode = vocabularies.retriever.tokenizer.decode
     titles = [[decode(row[: row.tolist().index(1)].tolist()) for row in rows] for rows in batch.passage_tokens]
     assert titles[0][0] == "Title 1" != titles[0][1]
+    assert [[f"Title {row}" for row in rows] for rows in batch.passage_rows] == titles
     # Nothing was found for the last one: the positive stands in, which the loss leaves out.
     assert titles[1] == ["Title 9", "Title 9"]
 
