@@ -14,7 +14,7 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.lexical_index import LexicalIndex
 from expertrag_jax.retrieval.mesh_index import ExactIndex
-from expertrag_jax.retrieval.metrics import recall_at_k
+from expertrag_jax.retrieval.metrics import first_ranks
 from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, Queries, absent
 from expertrag_jax.retrieval.scann_index import ScannIndex
 
@@ -75,6 +75,19 @@ def combine(
         for rank, (row, score) in enumerate(best):
             rows[place, rank], scores[place, rank] = row, score
     return rows, scores
+
+
+def surest(ranks: np.ndarray, lexical_ranks: np.ndarray, cuts: Sequence[int]) -> float:
+    """How sure the gain over BM25 is at the cut-off where it is least sure.
+
+    Args:
+      ranks, lexical_ranks: [n], see `first_ranks`. cuts: cut-offs; one at which nothing changes does not count.
+
+    Returns:
+      the least (mean gain) / (its standard error); 0 where nothing changes anywhere.
+    """
+    gains = [(ranks < cut) * 1.0 - (lexical_ranks < cut) for cut in cuts]
+    return min((float(g.mean() / g.std() * len(g) ** 0.5) for g in gains if g.std() > 0), default=0.0)
 
 
 class HybridIndex:
@@ -142,7 +155,7 @@ class HybridIndex:
         weights: Sequence[float] = tuple(np.linspace(0, 1, 21).tolist()),
         never_below: Sequence[int] = (),
     ) -> dict[float, float]:
-        """Set `weight` to the one with the best recall@k on training questions.
+        """Set `weight` to the one with the best recall@k on training questions, or, with `never_below`, to the surest.
 
         Among equals the middle one is taken: the edge of a plateau is next to a fall.
 
@@ -151,24 +164,22 @@ class HybridIndex:
           gold_rows: B sets of rows that answer them.
           k: cut-off of the recall.
           weights: to try; 0 and 1 rank by one index, the other's candidates only fill up.
-          never_below: cut-offs, none above half of `candidates`; a weight with which the recall at one of them falls
-            below that of weight 0 is not taken, and the best is that of the highest mean recall at k and these.
+          never_below: cut-offs, none above half of `candidates`, at which the hybrid shall not lose to BM25 on other
+            questions either. Then the weight is taken whose gain over weight 0 is surest where it is least sure: the
+            largest minimum over the cut-offs of (mean gain) / (its standard error); 0 if none gains at all of them.
 
         Returns:
           recall@k by weight.
         """
-        ks = tuple(sorted({k, *never_below}))
-        both = self.search_both(queries, ks[-1])
-
-        def measure(weight):
-            return recall_at_k(combine(*both, weight, ks[-1])[0], gold_rows, ks)
-
-        lexical, measured = measure(0.0), {weight: measure(weight) for weight in weights}
-        recalls = {weight: found[k] for weight, found in measured.items()}
-        safe = [w for w in weights if all(measured[w][cut] >= lexical[cut] for cut in never_below)] or weights
-        means = {weight: float(np.mean(list(measured[weight].values()))) for weight in safe}
-        best = [weight for weight in safe if means[weight] == max(means.values())]
-        self.weight = float(best[len(best) // 2])
+        longest = max(k, *never_below, 0)
+        both = self.search_both(queries, longest)
+        ranks = {w: first_ranks(combine(*both, w, longest)[0], gold_rows) for w in {0.0, *weights}}
+        recalls = {weight: float(np.mean(ranks[weight] < k)) for weight in weights}
+        worth = dict(recalls)
+        if never_below:
+            worth = {w: surest(ranks[w], ranks[0.0], never_below) for w in {0.0: None, **worth}}
+        best = [weight for weight in worth if worth[weight] == max(worth.values())]
+        self.weight = float(best[0 if never_below else len(best) // 2])
         _LOG.info(
             "hybrid weight %.2f: recall@%d %.4f on %d questions",
             self.weight,

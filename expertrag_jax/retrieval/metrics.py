@@ -45,10 +45,19 @@ def recall_at_k(
     Raises:
       ValueError: no question has a gold passage, a cut-off exceeds K, or the lengths differ.
     """
-    if len(rows) != len(gold):
-        raise ValueError(f"{len(rows)} rows of results but {len(gold)} sets of gold passages")
     if max(ks) > rows.shape[1]:
         raise ValueError(f"R@{max(ks)} needs {max(ks)} results per question, not {rows.shape[1]}")
+    first = first_ranks(rows, gold)
+    return {k: float(np.mean(first < k)) for k in ks}
+
+
+def first_ranks(rows: np.ndarray, gold: Sequence[Collection[int]]) -> np.ndarray:
+    """Rank from 0 of the first gold passage of each question that has one, K where it was not found; int64.
+
+    Arguments and errors as in ``recall_at_k``.
+    """
+    if len(rows) != len(gold):
+        raise ValueError(f"{len(rows)} rows of results but {len(gold)} sets of gold passages")
     first = [
         next((rank for rank, row in enumerate(found.tolist()) if row in answers), rows.shape[1])
         for found, answers in zip(rows, gold)
@@ -56,7 +65,7 @@ def recall_at_k(
     ]
     if not first:
         raise ValueError("no question has a gold passage")
-    return {k: float(np.mean(np.asarray(first) < k)) for k in ks}
+    return np.asarray(first)
 
 
 def index_recall(rows: np.ndarray, exact_rows: np.ndarray) -> float:
