@@ -77,17 +77,21 @@ def combine(
     return rows, scores
 
 
-def surest(ranks: np.ndarray, lexical_ranks: np.ndarray, cuts: Sequence[int]) -> float:
-    """How sure the gain over BM25 is at the cut-off where it is least sure.
+def sureness(ranks: np.ndarray, lexical_ranks: np.ndarray, cuts: Sequence[int]) -> float:
+    """Mean gain over BM25 in standard errors.
 
     Args:
-      ranks, lexical_ranks: [n], see `first_ranks`. cuts: cut-offs; one at which nothing changes does not count.
+      ranks, lexical_ranks: [n], see `first_ranks`. cuts: cut-offs.
 
     Returns:
-      the least (mean gain) / (its standard error); 0 where nothing changes anywhere.
+      (mean over questions and cut-offs) / (its standard error over questions); minus infinity where one of the
+      cut-offs loses, 0 where nothing changes.
     """
-    gains = [(ranks < cut) * 1.0 - (lexical_ranks < cut) for cut in cuts]
-    return min((float(g.mean() / g.std() * len(g) ** 0.5) for g in gains if g.std() > 0), default=0.0)
+    gains = np.stack([(ranks < cut) * 1.0 - (lexical_ranks < cut) for cut in cuts])
+    if (gains.mean(1) < 0).any():
+        return -np.inf
+    each = gains.mean(0)
+    return float(each.mean() / each.std() * len(each) ** 0.5) if each.std() > 0 else 0.0
 
 
 class HybridIndex:
@@ -165,8 +169,9 @@ class HybridIndex:
           k: cut-off of the recall.
           weights: to try; 0 and 1 rank by one index, the other's candidates only fill up.
           never_below: cut-offs, none above half of `candidates`, at which the hybrid shall not lose to BM25 on other
-            questions either. Then the weight is taken whose gain over weight 0 is surest where it is least sure: the
-            largest minimum over the cut-offs of (mean gain) / (its standard error); 0 if none gains at all of them.
+            questions either. Then the weight is taken whose gain over weight 0 is surest: of those that lose at none
+            of the cut-offs the one with the largest (mean gain over questions and cut-offs) / (its standard error
+            over questions); 0 if none gains.
 
         Returns:
           recall@k by weight.
@@ -177,7 +182,7 @@ class HybridIndex:
         recalls = {weight: float(np.mean(ranks[weight] < k)) for weight in weights}
         worth = dict(recalls)
         if never_below:
-            worth = {w: surest(ranks[w], ranks[0.0], never_below) for w in {0.0: None, **worth}}
+            worth = {w: sureness(ranks[w], ranks[0.0], never_below) for w in {0.0: None, **worth}}
         best = [weight for weight in worth if worth[weight] == max(worth.values())]
         self.weight = float(best[0 if never_below else len(best) // 2])
         _LOG.info(
