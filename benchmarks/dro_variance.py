@@ -1,6 +1,6 @@
 """How far DRO's E-step with m samples is from the exact one: 8 candidates, 2 chosen, all 56 choices enumerated.
 
-    python benchmarks/dro_variance.py --plot docs/dro_variance.svg --json dro_variance.json
+    python benchmarks/dro_variance.py --plot docs/results/dro_variance.svg --json dro_variance.json
 
 The selector is a table of random logits and the answer's likelihood is log-normal over the choices, in 16 random
 problems. For each m, the gradient sum_i w_i d log p(z_i|x) / d logits is estimated many times. Prints its variance and

@@ -17,6 +17,7 @@ import numpy as np
 from expertrag_jax.answering import Answerer, Programs, Questions, SystemPrograms
 from expertrag_jax.errors import UserError
 from expertrag_jax.gate.policy import Always, Learned, Never, Policy
+from expertrag_jax.retrieval import versions
 from expertrag_jax.retrieval.corpus import Question
 from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.retrieval.manifest import Manifest, check_matches, parameters_digest, read_manifest
@@ -121,8 +122,10 @@ def expected_encoder(system: Any, params: Any, index_dir: str | Path, trained_in
     found = read_manifest(index_dir).encoder_digest
     if found is not None and found in (own, again):
         return found
-    there = trained_index is not None and Path(trained_index).is_dir()
-    return read_manifest(trained_index).encoder_digest if there else None
+    if trained_index is not None and Path(trained_index).is_dir():
+        return read_manifest(trained_index).encoder_digest
+    versioned = again is not None and trained_index is not None and versions.is_of(Path(trained_index).name, again)
+    return again if versioned else None
 
 
 def check_index(

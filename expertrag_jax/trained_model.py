@@ -61,8 +61,8 @@ class Model:
         """UserError where the training's index is gone or now holds other passages, which nobody asked for by name."""
         if self.index_dir is not None and not Path(self.index_dir).is_dir():
             raise UserError(
-                f"{self.source} reads the index {self.index_dir}, which is not there any more: name another one with "
-                f"--index_dir, such as one by `expertrag index --retriever={self.source}`."
+                f"{self.source} reads the index {self.index_dir}, which is not there: name another one with "
+                f"--index_dir, such as one by `expertrag index --retriever={self.source}`, or another checkpoint."
             )
         if None not in (self.index_dir, self.corpus_digest):
             if read_manifest(self.index_dir).corpus_digest != self.corpus_digest:
@@ -78,7 +78,8 @@ def open_model(
     """Reads a MODEL_DIR.
 
     Args:
-      model_dir: written by training. checkpoint_path: of one of its checkpoints; None means the newest.
+      model_dir: written by training. checkpoint_path: of one of its checkpoints; None: see
+        ``pretrained.read_whole``.
       calibrated: with ``gate.json``, if there is one; else the gate is as it was trained, its threshold 0.5.
       changes: fields of ``AnswerSettings`` other than those of the training; None leaves a field as it was.
 

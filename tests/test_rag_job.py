@@ -126,4 +126,6 @@ def test_refreshed_candidates_survive_a_restart(files, tiny, tmp_path, capsys):
     assert "encoder" in capsys.readouterr().err
     shutil.rmtree(read.directory)
     assert ask(files, whole, tmp_path / "gone.jsonl") == 2
-    assert "not there any more" in capsys.readouterr().err
+    assert "which is not there" in capsys.readouterr().err
+    assert ask(files, whole, tmp_path / "old.jsonl", "--index_dir", files / "index0") == 2  # nor is it taken then
+    assert "encoder" in capsys.readouterr().err

@@ -85,13 +85,15 @@ def sureness(ranks: np.ndarray, lexical_ranks: np.ndarray, cuts: Sequence[int]) 
 
     Returns:
       (mean over questions and cut-offs) / (its standard error over questions); minus infinity where one of the
-      cut-offs loses, 0 where nothing changes.
+      cut-offs loses, 0 where nothing changes, infinity where every question gains the same.
     """
     gains = np.stack([(ranks < cut) * 1.0 - (lexical_ranks < cut) for cut in cuts])
     if (gains.mean(1) < 0).any():
         return -np.inf
     each = gains.mean(0)
-    return float(each.mean() / each.std() * len(each) ** 0.5) if each.std() > 0 else 0.0
+    if not each.std():
+        return np.inf if each.any() else 0.0
+    return float(each.mean() / each.std() * len(each) ** 0.5)
 
 
 class HybridIndex:
@@ -161,7 +163,8 @@ class HybridIndex:
     ) -> dict[float, float]:
         """Set `weight` to the one with the best recall@k on training questions, or, with `never_below`, to the surest.
 
-        Among equals the middle one is taken: the edge of a plateau is next to a fall.
+        Among equals the middle one is taken, for the edge of a plateau is next to a fall; of the equally sure ones the
+        smallest.
 
         Args:
           queries: B training questions, texts and vectors.
@@ -189,7 +192,7 @@ class HybridIndex:
             "hybrid weight %.2f: recall@%d %.4f on %d questions",
             self.weight,
             k,
-            recalls[self.weight],
+            np.mean(ranks[self.weight] < k),
             len(queries),
         )
         return recalls

@@ -39,6 +39,11 @@ def name_of(encoder_digest: str, corpus_digest: str) -> str:
     return f"version-{encoder_digest[:16]}-{corpus_digest[:8]}"
 
 
+def is_of(name: str, encoder_digest: str) -> bool:
+    """Whether a version of that name was embedded by that encoder."""
+    return name.startswith(name_of(encoder_digest, ""))
+
+
 def publish(root: str | Path, name: str, write: Callable[[Path], Any], keep: int = 2) -> Path:
     """Writes a version, unless it is there already, and makes it current.
 

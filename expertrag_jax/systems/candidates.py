@@ -59,7 +59,8 @@ class Candidates:
       retriever: over an index with vectors and passage tokens.
       config: of the query encoder; needed to refresh.
       versions_dir: passages are embedded again at each refresh, by the same tower (``shared``), and the new index
-        becomes the current one below this folder (``retrieval.versions``); None: the index stays.
+        becomes the current one below this folder, which no other run shares (``retrieval.versions``); None: the index
+        stays. keep_versions: so many stay; a checkpoint is answered from the version of its last refresh.
       collapse_window, collapse_least: see ``RetrievalCollapse``.
       remembered: questions whose candidates are kept until the next refresh.
     """
@@ -67,6 +68,7 @@ class Candidates:
     retriever: Retriever
     config: DualEncoderConfig | None = None
     versions_dir: str | None = None
+    keep_versions: int = 2
     collapse_window: int = 1000
     collapse_least: float = 0.1
     remembered: int = 1_000_000
@@ -81,6 +83,8 @@ class Candidates:
                 "passages are embedded again by the query encoder's own tower: set Candidates.config to a "
                 "DualEncoderConfig with shared = True, or versions_dir to None."
             )
+        if self.versions_dir is not None:
+            check_embeddable(self.retriever.loaded)
 
     def __call__(self, params: Any, batch: Batch) -> Batch:
         """Raises UserError: see ``with_vectors``; or the index cannot be searched by vectors alone."""
@@ -95,8 +99,8 @@ class Candidates:
             _LOG.warning(warning)
         return batch
 
-    def finish(self, params: Any) -> None:
-        """Behind the last step: a refresh that came with it renews the index too, for answering."""
+    def before_checkpoint(self, params: Any) -> None:
+        """A refresh that came with the last step renews the index too: the checkpoint is answered from that one."""
         if SNAPSHOT in params:
             self._renew(params)
 
@@ -130,12 +134,25 @@ class Candidates:
         loaded = self.retriever.loaded
         if loaded.manifest.encoder_digest != digest:
             root, name = Path(self.versions_dir), versions.name_of(digest, loaded.manifest.corpus_digest)
-            if jax.process_index() == 0:
-                versions.publish(root, name, lambda place: reembed(loaded, self._encode, digest, place))
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices(f"index {digest}")
+            self._publish(root, name, digest)
             loaded = open_index(root / name, verify=False)
         self.retriever = Retriever(loaded, self._encode, max_batch=self.retriever.max_batch)
+
+    def _publish(self, root: Path, name: str, digest: str) -> None:
+        """The first process writes; what goes wrong there ends all of them."""
+        problem, loaded = None, self.retriever.loaded
+        if jax.process_index() == 0:
+            try:
+                write = functools.partial(reembed, loaded, self._encode, digest)
+                versions.publish(root, name, write, self.keep_versions)
+            except Exception as error:
+                problem = error
+        if jax.process_count() > 1:
+            failed = multihost_utils.broadcast_one_to_all(np.int32(problem is not None))
+            if failed and problem is None:
+                raise UserError(f"process 0 could not write the index {root / name}: its own message says why.")
+        if problem is not None:
+            raise problem
 
     def _searched(self, batch: Batch) -> Batch:
         """The batch with the candidates of its questions."""
@@ -165,20 +182,25 @@ def reembed(loaded: LoadedIndex, encode: Callable[[np.ndarray], Any], digest: st
       encode: tokens [n, S] int32 -> vectors [n, D]. digest: of its parameters. place: where it shall lie.
 
     Raises:
-      UserError: the index's tokens are not in the encoder's vocabulary.
+      UserError: see ``check_embeddable``.
     """
+    check_embeddable(loaded)
+    vectors = encode_batches(encode, loaded.tokens, 256)
+    index = make_index(loaded.manifest.kind, **loaded.manifest.settings).build(loaded.passages, vectors)
+    write_index(
+        place, index, loaded.passages, passage_tokens=np.asarray(loaded.tokens), vectors=vectors, encoder_digest=digest,
+        vocabulary_digests=dict(loaded.manifest.vocabulary_digests), overwrite=True,
+    )  # fmt: skip
+
+
+def check_embeddable(loaded: LoadedIndex) -> None:
+    """UserError where the index's tokens are not in the encoder's vocabulary."""
     digests = loaded.manifest.vocabulary_digests
     if loaded.tokens is None or digests.get("reader") != digests.get("retriever"):
         raise UserError(
             f"the index at {loaded.directory} keeps no passages in the retriever's vocabulary, so they cannot be "
             "embedded again: use one vocabulary for reader and retriever, or set versions_dir to None."
         )
-    vectors = encode_batches(encode, loaded.tokens, 256)
-    index = make_index(loaded.manifest.kind, **loaded.manifest.settings).build(loaded.passages, vectors)
-    write_index(
-        place, index, loaded.passages, passage_tokens=np.asarray(loaded.tokens), vectors=vectors, encoder_digest=digest,
-        vocabulary_digests=dict(digests), overwrite=True,
-    )  # fmt: skip
 
 
 def local_copy(array: Any) -> np.ndarray:

@@ -94,7 +94,7 @@ class RAG:
       refresh_period: every so many steps candidates come from the query encoder as it is now (see ``candidates``);
         0: they stay those of the data.
       candidates: ``(params, batch) -> batch`` on the host before each step; see ``candidates.Candidates``, whose
-        ``finish`` runs behind the last one.
+        ``before_checkpoint`` goes with it.
       steps, optimizer: of the one phase ``rag``.
       decoding: ``greedy`` and ``beam`` follow p(y_i|x, y_<i); ``thorough`` and ``fast`` are RAG-Sequence's. beams: W.
     """
@@ -137,8 +137,8 @@ class RAG:
             def optimizer():
                 return with_snapshot(self.optimizer(), "query_encoder", self.refresh_period)
 
-        finish = getattr(self.candidates, "finish", None)
-        return (Phase("rag", self.steps, self.loss, optimizer, trainable, self.candidates, finish),)
+        renew = getattr(self.candidates, "before_checkpoint", None)
+        return (Phase("rag", self.steps, self.loss, optimizer, trainable, self.candidates, renew),)
 
     # Parameters
 
@@ -234,8 +234,8 @@ class RAG:
         return total / jnp.maximum(counts.sum(), 1.0) + extra, metrics
 
     def evaluation_loss(self, params, batch: Batch):
-        """The same without dropout, jitter or dropped tokens."""
-        return self.loss(params, batch, None)
+        """The same without dropout, jitter, dropped tokens or label smoothing."""
+        return dataclasses.replace(self, label_smoothing=0.0).loss(params, batch, None)
 
     def _token_scores(self, params, documents, batch, passage_tokens, rng):
         """(log p(y_i|x, z, y_<i), logsumexp of its logits, where both mean something; each [B, K, T], router)."""

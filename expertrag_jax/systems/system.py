@@ -36,7 +36,8 @@ class Phase:
         All others are frozen: no gradient, no optimizer state.
       prepare: ``(params, batch) -> batch``, on the host before the step (hard negatives, fresh candidates), and before
         the phase's evaluation.
-      finish: ``(params) -> None``, on the host behind the last step, before its checkpoint is written.
+      before_checkpoint: ``(params) -> None``, on the host before each checkpoint of the phase is written: makes what
+        the checkpoint's parameters need beside them.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Phase:
     optimizer: optax.GradientTransformation | Callable[[], optax.GradientTransformation]
     trainable: tuple[str, ...] = (".*",)
     prepare: Callable[[Params, Any], Any] | None = None
-    finish: Callable[[Params], None] | None = None
+    before_checkpoint: Callable[[Params], None] | None = None
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """The gradient transformation; made now where ``optimizer`` is a factory."""

@@ -55,6 +55,7 @@ class Patience:
         stored = stored or {}
         self.best: float | None = stored.get("best")
         self.best_step: int | None = stored.get("best_step")
+        self.measured: list[str] = list(stored.get("measured", []))  # phases, the best one's last
         self.in_vain: int = stored.get("in_vain", 0)
 
     @property
@@ -71,7 +72,9 @@ class Patience:
         gain = math.inf if self.best is None else (value - self.best) * (1 if rule.larger_is_better else -1)
         if math.isfinite(value) and gain > rule.min_improvement:
             self.best, self.best_step, self.in_vain = value, step, 0
+            self.measured = [name for name in self.measured if name != phase] + [phase]
             return
+        self.measured = [phase] * (phase not in self.measured) + self.measured
         self.in_vain += 1
         if self.exhausted:
             _LOG.warning(
@@ -83,10 +86,20 @@ class Patience:
         """Whether the rule is about a phase."""
         return self._rule is not None and re.fullmatch(self._rule.phases, phase) is not None
 
+    def best_for(self, phase: str) -> int | None:
+        """The step whose parameters are best for whoever opens a checkpoint of this phase; None: nobody can tell.
+
+        It is a step of another phase only where the rule names the phases that it compares and this one was measured.
+        """
+        comparable = self.covers(phase) and phase in self.measured
+        same = comparable and (phase == self.measured[-1] or self._rule.phases != EarlyStopping.phases)
+        return self.best_step if same else None
+
     def skips(self, phase: str) -> bool:
         """Whether a phase is left out, or left."""
         return self.exhausted and self.covers(phase)
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready state."""
-        return {"best": self.best, "best_step": self.best_step, "in_vain": self.in_vain}
+        found = {"best": self.best, "best_step": self.best_step, "in_vain": self.in_vain}
+        return found | {"measured": list(self.measured)}

@@ -17,7 +17,7 @@ from expertrag_jax.training.telemetry import Telemetry
 
 EXIT_CODE = 75  # sysexits.h: a temporary failure, try again
 PATIENCE = {  # times hang_seconds
-    "startup": 4.0, "first batch": 4.0, "last batch": 4.0, "compile": 4.0, "checkpoint": 4.0, "evaluation": 4.0,
+    "startup": 4.0, "first batch": 4.0, "before checkpoint": 4.0, "compile": 4.0, "checkpoint": 4.0, "evaluation": 4.0,
 }  # fmt: skip
 
 _LOG = logging.getLogger(__name__)

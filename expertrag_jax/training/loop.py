@@ -232,8 +232,6 @@ class Run:
                     logging.warning("%s", warning)
             self.run_hooks(state, step, phase, last)
             last = last or self.patience.skips(phase.name)
-            if last and phase.finish is not None:
-                self.finish(state, phase)
             stop = self.interruption.requested(step)
             if step % self.checkpoint_period == 0 or last or stop:
                 self.save(state, step, phase, phase_step)
@@ -299,12 +297,6 @@ class Run:
                 )
             return batch if phase.prepare is None else phase.prepare(params, batch)
 
-    def finish(self, state: TrainState, phase: Phase) -> None:
-        """What the phase does on the host behind its last step, of parameters that are known to be good."""
-        self.watch.settle()
-        with self.telemetry.lost("data", doing="last batch"):
-            phase.finish(state.params)
-
     def run_hooks(self, state: TrainState, step: int, phase: Phase, last: bool) -> None:
         """Measures what is due, and logs it."""
         for hook in self.hooks:
@@ -319,10 +311,13 @@ class Run:
     def save(self, state: TrainState, step: int, phase: Phase, phase_step: int) -> None:
         """Writes a checkpoint of a state that is known to be good."""
         self.watch.settle()
+        if phase.before_checkpoint is not None:
+            with self.telemetry.lost("data", doing="before checkpoint"):
+                phase.before_checkpoint(state.params)
         with self.telemetry.lost("checkpoint"):
             place = {"phase": phase.name, "phase_step": phase_step, "mesh": dict(self.layout.mesh.shape)}
             place["early_stopping"] = self.patience.as_json()
-            place["best_step"] = self.patience.best_step if self.patience.covers(phase.name) else None
+            place["best_step"] = self.patience.best_for(phase.name)
             self.checkpoints.save(step, state, {**self.facts, **place}, self.telemetry.logged(step))
 
     def wait(self) -> None:

@@ -189,7 +189,8 @@ def _best_first(directories: list[Path]) -> list[Path]:
             break
         chosen = [directory for directory in directories if directory.name == str(best)]
         told = "taking it, and not step %s" if chosen else "it was not kept (see Retention.best): taking step %s"
-        _LOG.info(f"%s: validation found step %s best; {told}, the newest", newest.parent, best, newest.name)
+        level = logging.INFO if chosen else logging.WARNING
+        _LOG.log(level, f"%s: validation found step %s best; {told}, the newest", newest.parent, best, newest.name)
         return chosen + [directory for directory in directories if directory not in chosen]
     return directories
 

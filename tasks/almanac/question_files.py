@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from expertrag_jax.errors import UserError
 from tasks.almanac.config import AlmanacConfig
 from tasks.almanac.read import read_split
 
@@ -38,6 +40,18 @@ def write_question_files(world: AlmanacConfig, data_dir: str | Path, directory: 
     return {name: len(records) for name, records in found.items()}
 
 
+def check_world(world: AlmanacConfig, demo: Path) -> None:
+    """UserError where the folder is no demo's, or is of another world, whose entities are others."""
+    noted = demo / "world.json"
+    if not noted.is_file():
+        raise UserError(f"{demo} holds no demo: name the MODEL_DIR of an `expertrag demo`.")
+    if json.loads(noted.read_text())["world"] != world.digest:
+        raise UserError(
+            f"{demo} is a demo of another world than one of {world.num_entities} entities with seed {world.seed}: give "
+            "--entities and --seed of that demo."
+        )
+
+
 def _line(record: dict) -> str:
     fields = {"id": str(record["id"]), "question": record["question"], "answers": record["answers"]}
     fields |= {"gold_passage_ids": [f"e{record['entity']}"], "stratum": record["stratum"]}
@@ -53,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     demo = Path(options.demo_dir)
     world = AlmanacConfig(num_entities=options.entities, seed=options.seed)
+    try:
+        check_world(world, demo)
+    except UserError as error:
+        print(f"question_files: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     for name, count in write_question_files(world, demo / "world", demo / "questions").items():
         print(f"{demo / 'questions' / name}.jsonl: {count} questions")
 

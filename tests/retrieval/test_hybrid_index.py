@@ -7,7 +7,7 @@ import pytest
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.corpus import Passages
-from expertrag_jax.retrieval.hybrid_index import HybridIndex, combine, normalise
+from expertrag_jax.retrieval.hybrid_index import HybridIndex, combine, normalise, sureness
 from expertrag_jax.retrieval.index import Queries, make_index, open_index, write_index
 from expertrag_jax.retrieval.metrics import recall_at_k
 
@@ -96,6 +96,11 @@ def test_the_surest_weight_is_the_one_that_costs_nothing_anywhere():
     useless = HybridIndex(dense="exact", candidates=50).build(passages, noise)
     useless.fit_weight(queries, gold, k=5, never_below=(1, 5))
     assert useless.weight == 0
+    useless.fit_weight(queries, gold, k=5, weights=(0.9,), never_below=(1, 5))
+    assert useless.weight == 0  # nor is it one that loses, where no other is tried
+    sure = sureness(np.array([0, 0]), np.array([7, 9]), (1, 5))  # every question gains the same
+    assert sure == np.inf and sureness(np.array([3]), np.array([3]), (1, 5)) == 0
+    assert sureness(np.array([0, 6]), np.array([1, 4]), (1, 5)) == -np.inf  # one gained at 1, one lost at 5
 
 
 def test_bad_settings_are_refused():

@@ -93,6 +93,18 @@ def test_an_impossible_world_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_questions_of_another_world_are_not_written(tmp_path, capsys):
+    from tasks.almanac.question_files import main
+
+    for told, wanted in (("holds no demo", None), ("another world", "0" * 12)):
+        if wanted:
+            (tmp_path / "world.json").write_text(f'{{"world": "{wanted}"}}')
+        with pytest.raises(SystemExit) as stop:
+            main(["--demo_dir", str(tmp_path)])
+        assert stop.value.code == 2 and told in capsys.readouterr().err
+    assert not (tmp_path / "questions").exists() and not (tmp_path / "world").exists()
+
+
 def test_questions_as_files(data_dir, tmp_path):
     from tasks.almanac.question_files import write_question_files
 

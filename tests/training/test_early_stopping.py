@@ -48,7 +48,7 @@ def test_other_phases_and_metrics_do_not_count():
     rule = EarlyStopping(patience=1, phases="max.*")
     patience = fed(rule, [1, 2, 3], phase="warm")
     patience.add(4, "max", {"eval/other": 3})
-    assert patience.as_json() == {"best": None, "best_step": None, "in_vain": 0}
+    assert patience.as_json() == {"best": None, "best_step": None, "in_vain": 0, "measured": []}
     patience.add(5, "max_1", {"eval/loss": 3})
     patience.add(6, "max_2", {"eval/loss": 4})
     assert patience.best_step == 5 and patience.skips("max_3") and not patience.skips("gate")
@@ -58,6 +58,20 @@ def test_impossible_rules_are_refused():
     for fields, message in (({"patience": 0}, "at least 1"), ({"phases": "("}, "not a regular expression")):
         with pytest.raises(UserError, match=message):
             EarlyStopping(**fields)
+
+
+def test_the_best_of_another_phase_counts_only_where_phases_are_compared():
+    every = fed(EarlyStopping(), [3.0, 1.0, 2.0], phase="generator")
+    assert every.best_for("generator") == 2 and every.best_for("gate") is None  # nothing was measured there
+    every.add(9, "gate", {"eval/loss": 5.0})
+    assert every.best_for("gate") is None  # its losses have nothing to do with the generator's
+    iterations = fed(EarlyStopping(phases="(copy|em)_.*", patience=9), [3.0, 1.0], phase="em_1")
+    iterations.add(9, "em_2", {"eval/loss": 2.0})
+    assert iterations.best_for("em_2") == 2 == iterations.best_for("em_1")
+    assert iterations.best_for("copy_3") is None is iterations.best_for("gate")
+    again = Patience(EarlyStopping(phases="(copy|em)_.*", patience=9), json.loads(json.dumps(iterations.as_json())))
+    assert again.best_for("em_2") == 2
+    assert Patience(None).best_for("em_1") is None
 
 
 @dataclasses.dataclass(frozen=True)

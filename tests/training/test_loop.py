@@ -164,23 +164,23 @@ def test_prepare_sees_parameters_and_makes_the_batch(run, toy, tmp_path):
     assert seen == [(8, 8)] * 2
 
 
-def test_a_phase_is_finished_behind_its_last_step_and_before_its_checkpoint(run, toy, tmp_path):
+def test_what_a_checkpoint_needs_is_made_before_it(run, toy, tmp_path):
     seen = []
 
-    def finish(params):
+    def make(params):
         saved = sorted(path.name for path in (tmp_path / "m" / "checkpoints").glob("[0-9]*"))
         seen.append((np.asarray(params["head"]["kernel"]), saved))
 
     optimizer = toy.Toy().phases[0].optimizer
     phases = (
-        loop.Phase("body", 4, toy.loss, optimizer, finish=finish), loop.Phase("head", 2, toy.loss, optimizer),
+        loop.Phase("body", 4, toy.loss, optimizer, before_checkpoint=make), loop.Phase("head", 2, toy.loss, optimizer),
     )  # fmt: skip
     state = run(phases=phases[:1], checkpoint_period=2, asynchronous_checkpoints=False)
-    ((kernel, saved),) = seen
-    np.testing.assert_array_equal(kernel, state.params["head"]["kernel"])
-    assert saved == ["2"]
-    run(phases=phases)  # goes on behind the phase: it was finished
-    assert len(seen) == 1
+    assert [saved for _, saved in seen] == [[], ["2"]]
+    assert np.any(seen[0][0] != seen[1][0])
+    np.testing.assert_array_equal(seen[1][0], state.params["head"]["kernel"])
+    run(phases=phases)  # goes on behind the phase
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("alarm,window", [(None, 200), (CollapseAlarm(window=40), 40)])
