@@ -7,6 +7,9 @@ import sys
 import pytest
 
 from expertrag_jax.main import main
+from expertrag_jax.retrieval import versions
+from expertrag_jax.retrieval.index import open_index
+from expertrag_jax.systems.retriever import DualEncoder
 
 LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8, 'query': 24, 'passages': 48}"
 SMALL = (
@@ -58,3 +61,36 @@ def test_two_processes_train_as_one(arguments, run_together, tmp_path, fast_comp
         assert len(found) == count and found == pytest.approx(expected, rel=1e-5)
     spent = json.loads((tmp_path / "two" / "logs" / "goodput.json").read_text())["this_start"]
     assert spent["wall_seconds"] > 0.8 * ended[0].seconds  # loading packages and joining are counted
+
+
+def test_two_processes_refresh_candidates_and_passages_as_one(tiny, tiny_model, run_together, tmp_path, fast_compile):
+    """RAG with a new version of the index every 2 steps, the last one behind the last step."""
+    params, vocabularies = {"query_encoder": tiny.params["query_encoder"]}, (tiny.vocabulary, tiny.vocabulary)
+    tiny_model.write_model_dir(tmp_path / "retriever", DualEncoder(tiny.system.retriever), params, vocabularies, None)
+    questions = [
+        {"question": f"Where does {name} live?", "answers": [tiny_model.TOWNS[place % 5]]}
+        for place, name in enumerate(tiny_model.NAMES)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    files = [f"--gin_file={name}.gin" for name in ("runs/train", "models/t5_tiny", "systems/rag_token")]
+    named = {
+        "VOCABULARY": tiny.root / "vocabulary.model", "QUESTIONS": tmp_path / "questions.jsonl",
+        "INDEX_DIR": tiny.index_dir, "RETRIEVER": tmp_path / "retriever",
+    }  # fmt: skip
+    given = ["train", *files, *SMALL, "--gin.REFRESH_PERIOD=2", "--gin.NUM_PASSAGES=2", "--gin.MAX_TARGET_LENGTH=8"]
+    given += [f"--gin.{name}='{path}'" for name, path in named.items()]
+    sizes = ("embed_dim=16", "output_dim=12", f"vocab_size={tiny.vocabulary.size}")
+    given += [f"--gin.dual_encoder.DualEncoderConfig.{size}" for size in sizes]
+
+    def places(name):
+        return [f"--model_dir={tmp_path / name}", f"--gin.VERSIONS_DIR='{tmp_path / name}_versions'"]
+
+    command = [sys.executable, "-m", "expertrag_jax.main", *given, *places("two"), "--heartbeat_seconds=60"]
+    ended = run_together(command, 2, devices=2)
+    assert [process.returncode for process in ended] == [0, 0], ended
+    assert main([*given, *places("one")]) == 0
+    found, expected = (losses(tmp_path / name, "loss") for name in ("two", "one"))
+    assert len(found) == 4 and found == pytest.approx(expected, rel=1e-4)
+    vectors = [open_index(versions.current(tmp_path / f"{name}_versions")).vectors for name in ("two", "one")]
+    moved = abs(vectors[0] - open_index(tiny.index_dir).vectors).max()
+    assert moved > 1e-4 and abs(vectors[0] - vectors[1]).max() < 0.1 * moved
