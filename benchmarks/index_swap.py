@@ -32,6 +32,7 @@ from expertrag_jax.trained_model import open_model
 from expertrag_jax.training import optimizer
 from expertrag_jax.training.pretrained import read_metadata
 from tasks.almanac import AlmanacConfig
+from tasks.almanac.question_files import changed
 from tasks.almanac.read import read_split
 from tasks.questions import register_questions
 
@@ -103,11 +104,8 @@ def main() -> None:
     world, data = AlmanacConfig(), Path(options.demo_dir) / "world"
     model_dir = trained(options, read_split(world, data, "gate"))
     records = {edition: read_split(world, data, f"test_edition_{edition}") for edition in EDITIONS}
-    by_question = {(r["question"]): r for r in records["2"]}
-    pairs = [(r, by_question[r["question"]]) for r in records["1"]]
-    pairs = [(one, two) for one, two in pairs if set(one["answers"]) != set(two["answers"])]
-    changed = {"1": [one for one, _ in pairs], "2": [two for _, two in pairs]}
-    table = swap(options, model_dir, changed)
+    pairs = changed(records["1"], records["2"])
+    table = swap(options, model_dir, {"1": [one for one, _ in pairs], "2": [two for _, two in pairs]})
     print(f"{len(pairs)} questions about facts that changed between the editions; K = {options.passages}")
     for name, figures in table.items():
         print(f"{name}: right {figures['right']:.3f}, of those read {figures['right_of_read']:.3f}")

@@ -53,9 +53,8 @@ def split(path: Path, folder: Path, seed: int = 0) -> None:
 class Run:
     """The commands, with the seconds that each took."""
 
-    def __init__(self, data: Path, folder: Path, steps: tuple[int, int]):
+    def __init__(self, data: Path, folder: Path):
         self.corpus, self.folder, self.seconds = data / "wiki" / "passages.tsv.gz", folder, {}
-        self.cloze_steps, self.question_steps = steps
 
     def command(self, name: str, *arguments: str | Path) -> None:
         """One `expertrag` command; SystemExit where it fails."""
@@ -64,10 +63,8 @@ class Run:
             raise SystemExit(f"{name} failed")
         self.seconds[name] = round(time.monotonic() - start, 1)
 
-    def train(self, name: str, questions: str, start: str | None = None, negatives: int = 1) -> None:
-        """The towers ``name``: by inverse cloze, or from the towers ``start`` on a file of questions beside it."""
-        steps = (0, self.question_steps) if start else (self.cloze_steps, 0)
-        steps = (self.question_steps, 0) if name == "inverse_cloze_longer" else steps
+    def train(self, name: str, questions: str, steps: tuple[int, int], start: str | None = None, negatives: int = 1):
+        """The towers ``name``: so many steps of inverse cloze, then of it and questions in turn; from ``start`` on."""
         values = {
             "VOCABULARY": self.folder / "vocabulary.model", "CORPUS": self.corpus, "MODEL_DIR": self.folder / name,
             "QUESTIONS": self.folder / questions, "CLOZE_STEPS": steps[0], "TRAIN_STEPS": steps[1],
@@ -89,15 +86,15 @@ class Run:
 def run(data: Path, folder: Path, steps: tuple[int, int]) -> dict:
     """All stages and their figures, JSON-ready."""
     split(data / "qa" / "squad_new_wiki_train.jsonl.gz", folder)
-    job = Run(data, folder, steps)
+    job, (cloze, behind) = Run(data, folder), steps
     job.index("bm25", "--vocabulary", folder / "vocabulary.model")
-    job.train("inverse_cloze", "train.jsonl")
-    job.train("inverse_cloze_longer", "train.jsonl", "inverse_cloze")
+    job.train("inverse_cloze", "train.jsonl", (cloze, 0))
+    job.train("inverse_cloze_longer", "train.jsonl", (behind, 0), "inverse_cloze")
     job.mine("train_bm25.jsonl", "train.jsonl", "bm25")
-    job.train("dpr", "train_bm25.jsonl", "inverse_cloze")
+    job.train("dpr", "train_bm25.jsonl", (0, behind), "inverse_cloze")
     job.index("dpr_index", "--kind=exact", "--retriever", folder / "dpr")
     job.mine("train_mined.jsonl", "train_bm25.jsonl", "dpr_index", "--retriever", folder / "dpr")
-    job.train("dpr_mined", "train_mined.jsonl", "inverse_cloze", negatives=2)
+    job.train("dpr_mined", "train_mined.jsonl", (0, behind), "inverse_cloze", negatives=2)
     for name in ("inverse_cloze", "inverse_cloze_longer", "dpr_mined"):
         job.index(f"{name}_index", "--kind=exact", "--retriever", folder / name)
     held_out = dense_recall(folder, folder / "weight.jsonl")

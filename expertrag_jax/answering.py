@@ -85,7 +85,7 @@ class SystemPrograms:
 
     def chosen(self, state):
         """See ``Programs``."""
-        return getattr(state[0], "choices", None)
+        return choices_of(state[0])
 
     def generate(self, state, active):
         """See ``Programs``."""
@@ -111,6 +111,11 @@ def read_program(system, params, question_tokens, passage_tokens):
     memory = system.read(params, passage_tokens, question_tokens)
     first, cache = system.begin(params, memory)
     return memory, first, cache
+
+
+def choices_of(memory: Any) -> jax.Array | None:
+    """Which passages a memory of ``read_program`` holds, [B, k] int32; None where the system reads all it is given."""
+    return getattr(memory, "choices", None)
 
 
 def weighed_read_program(system, params, *inputs):

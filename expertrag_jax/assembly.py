@@ -103,9 +103,17 @@ def encoder_digest(params: Any) -> str | None:
 
     An index carries the digest of the query tower, shared or not: towers come in pairs.
     """
-    if "query_encoder" not in params:
-        return None
-    return parameters_digest(jax.tree.map(np.asarray, dict(params["query_encoder"])))
+    return _digest(dict(params).get("query_encoder"))
+
+
+def refreshed_encoder_digest(params: Any) -> str | None:
+    """The same of the copy that the last refresh took (``systems.snapshot``); None where nothing is refreshed."""
+    copy = dict(params).get(SNAPSHOT)
+    return None if copy is None else _digest(copy["encoder"])
+
+
+def _digest(tower: Any) -> str | None:
+    return None if tower is None else parameters_digest(jax.tree.map(np.asarray, dict(tower)))
 
 
 def expected_encoder(system: Any, params: Any, index_dir: str | Path, trained_index: str | Path | None) -> str | None:
@@ -117,8 +125,7 @@ def expected_encoder(system: Any, params: Any, index_dir: str | Path, trained_in
     own = encoder_digest(params)
     if not getattr(system, "weighs_passages", False):
         return own
-    copy = dict(params).get(SNAPSHOT)
-    again = None if copy is None else parameters_digest(jax.tree.map(np.asarray, dict(copy["encoder"])))
+    again = refreshed_encoder_digest(params)
     found = read_manifest(index_dir).encoder_digest
     if found is not None and found in (own, again):
         return found

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from expertrag_jax.assembly import (
     READER_VOCABULARY,
     RETRIEVER_VOCABULARY,
     AnswerSettings,
     check_answers,
+    refreshed_encoder_digest,
 )
 from expertrag_jax.errors import UserError
 from expertrag_jax.gate.network import with_calibration
 from expertrag_jax.retrieval import versions
-from expertrag_jax.retrieval.manifest import parameters_digest, read_manifest
+from expertrag_jax.retrieval.manifest import read_manifest
 from expertrag_jax.systems.description import rebuild
-from expertrag_jax.systems.snapshot import SNAPSHOT
 from expertrag_jax.training import pretrained
 from expertrag_jax.vocabulary import Vocabulary
 
@@ -119,12 +118,10 @@ def _read(stored: pretrained.Stored) -> tuple[Path, dict[str, Any], Any, Any]:
 
 def _trained_index(facts: Mapping[str, Any], params: Any) -> str | None:
     """The index of the training, or the version of it that was embedded by the encoder of the last refresh."""
-    index_dir, root = facts.get("index_dir"), facts.get("versions_dir")
-    if index_dir is None or root is None or SNAPSHOT not in params:
+    index_dir, root, embedded_by = facts.get("index_dir"), facts.get("versions_dir"), refreshed_encoder_digest(params)
+    if None in (index_dir, root, embedded_by):
         return index_dir
-    embedded_by = parameters_digest(jax.tree.map(np.asarray, dict(params[SNAPSHOT]["encoder"])))
-    corpus = facts["digests"]["corpus"]
-    place = Path(root) / versions.name_of(embedded_by, corpus)
+    place = Path(root) / versions.name_of(embedded_by, facts["digests"]["corpus"])
     if not place.is_dir() and Path(index_dir).is_dir() and read_manifest(index_dir).encoder_digest == embedded_by:
         return index_dir  # nothing was trained between its making and the last refresh
     return str(place)

@@ -27,7 +27,7 @@ import numpy as np
 from jax import export
 
 from expertrag_jax import decoding
-from expertrag_jax.answering import question_program, read_program
+from expertrag_jax.answering import choices_of, question_program, read_program
 from expertrag_jax.assembly import AnswerSettings
 from expertrag_jax.errors import UserError
 from expertrag_jax.interop import export_directory
@@ -71,8 +71,8 @@ def _programs(system: Any, params: Any, settings: AnswerSettings, bucket: int) -
 
     def read(params, tokens, passages):
         memory, first, cache = read_program(system, params, tokens, passages)
-        chosen = (memory.choices,) if hasattr(memory, "choices") else ()
-        return _flat(memory), first, _flat(cache), *chosen
+        chosen = choices_of(memory)
+        return _flat(memory), first, _flat(cache), *(() if chosen is None else (chosen,))
 
     asked = tokens(settings.question_length)
     programs = {"question": (question, (asked,))}

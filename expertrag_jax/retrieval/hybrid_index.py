@@ -181,13 +181,14 @@ class HybridIndex:
         """
         longest = max(k, *never_below, 0)
         both = self.search_both(queries, longest)
-        ranks = {w: first_ranks(combine(*both, w, longest)[0], gold_rows) for w in {0.0, *weights}}
+        ranks = {w: first_ranks(combine(*both, w, longest)[0], gold_rows) for w in sorted({0.0, *weights})}
         recalls = {weight: float(np.mean(ranks[weight] < k)) for weight in weights}
-        worth = dict(recalls)
         if never_below:
-            worth = {w: sureness(ranks[w], ranks[0.0], never_below) for w in {0.0: None, **worth}}
-        best = [weight for weight in worth if worth[weight] == max(worth.values())]
-        self.weight = float(best[0 if never_below else len(best) // 2])
+            surest = {weight: sureness(found, ranks[0.0], never_below) for weight, found in ranks.items()}
+            self.weight = float(max(surest, key=surest.get))
+        else:
+            best = [weight for weight in weights if recalls[weight] == max(recalls.values())]
+            self.weight = float(best[len(best) // 2])
         _LOG.info(
             "hybrid weight %.2f: recall@%d %.4f on %d questions",
             self.weight,

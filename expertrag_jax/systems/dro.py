@@ -88,15 +88,19 @@ class Candidates:
 
     Attributes:
       states: [B, n, P, D]. mask: [B, n, P] bool. present: [B, n] bool.
-      summary: [B, n, D], the sum of a candidate's states over the square root of how many they are.
       router: the encoder's router collection.
     """
 
     states: Array
     mask: Array
     present: Array
-    summary: Array
     router: dict
+
+
+def summary(candidates: Candidates) -> Array:
+    """[B, n, D], the sum of a candidate's states over the square root of how many they are."""
+    summed = jnp.where(candidates.mask[..., None], candidates.states, 0).sum(2)
+    return summed / jnp.sqrt(jnp.maximum(candidates.mask.sum(-1), 1))[..., None].astype(summed.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +232,7 @@ class DRO:
         candidates = self._encode(config, params, passage_tokens, encode_rng)
         first = config.vocab_size - self.num_candidates  # the first candidate's number
         numbers = embedding[first : first + count].astype(candidates.states.dtype)
-        identifiers = numbers + candidates.summary  # [B, n, D]
+        identifiers = numbers + summary(candidates)  # [B, n, D]
         states = (candidates.states + numbers[:, None]).reshape(len(passage_tokens), -1, config.embed_dim)
         mask = candidates.mask.reshape(len(passage_tokens), -1)
         memory, _ = generator.apply(config, params, states, mask, method="memory")
@@ -313,10 +317,8 @@ class DRO:
         states, router = generator.apply(
             config, params, fusion.fold_passages(passage_tokens), None, rng is None, method="encode", rng=rng
         )
-        states, mask = states.reshape(rows, count, length, -1), passage_tokens > 0
-        summed = jnp.where(mask[..., None], states, 0).sum(2)
-        summary = summed / jnp.sqrt(jnp.maximum(mask.sum(-1), 1))[..., None].astype(states.dtype)
-        return Candidates(states, mask, mask.any(-1), summary, router)
+        mask = passage_tokens > 0
+        return Candidates(states.reshape(rows, count, length, -1), mask, mask.any(-1), router)
 
     # E-step
 

@@ -31,13 +31,19 @@ def write_question_files(world: AlmanacConfig, data_dir: str | Path, directory: 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     found = {split: read_split(world, data_dir, split) for split in SPLITS}
-    editions = [{record["question"]: record for record in found[f"test_edition_{edition}"]} for edition in (1, 2)]
-    changed = [q for q in editions[0] if set(editions[0][q]["answers"]) != set(editions[1][q]["answers"])]
-    for number, edition in enumerate(editions, 1):
-        found[f"changed_edition_{number}"] = [edition[question] for question in changed]
+    pairs = changed(found["test_edition_1"], found["test_edition_2"])
+    for place, edition in enumerate((1, 2)):
+        found[f"changed_edition_{edition}"] = [pair[place] for pair in pairs]
     for name, records in found.items():
         (directory / f"{name}.jsonl").write_text("".join(map(_line, records)), encoding="utf-8")
     return {name: len(records) for name, records in found.items()}
+
+
+def changed(first: Sequence[dict], second: Sequence[dict]) -> list[tuple[dict, dict]]:
+    """The records of two editions about the same question whose answers differ, in the order of the first."""
+    by_question = {record["question"]: record for record in second}
+    pairs = {record["question"]: (record, by_question[record["question"]]) for record in first}
+    return [(one, two) for one, two in pairs.values() if set(one["answers"]) != set(two["answers"])]
 
 
 def check_world(world: AlmanacConfig, demo: Path) -> None:

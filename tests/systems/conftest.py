@@ -6,9 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from expertrag_jax import partitioning
 from expertrag_jax.batch import Batch
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.systems.expert_rag import ExpertRAG
+from expertrag_jax.training import parameters, step
+from expertrag_jax.training.state import Layout, TrainState
 
 VOCAB, TARGET = 24, 4
 
@@ -56,7 +59,23 @@ def batch(size=8, passages=2, seed=0) -> Batch:
     )
 
 
+def one_step(system, optimizer, batch, sizes):
+    """(metrics, parameters), on the host, behind one step of the system's last phase on a mesh of these sizes."""
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    mesh = partitioning.make_mesh(partitioning.MeshConfig(**{"data": 1} | sizes), devices)
+    layout, phase = Layout(system, mesh), system.phases[-1]
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(jax.device_put, initial(system), layout.params)
+        variables, _ = parameters.split(params, phase.trainable)
+        zero = np.zeros((), np.int32)
+        state = TrainState(zero, zero, zero, params, optimizer.init(variables))
+        run = step.make_train_step(phase.loss, optimizer, phase.trainable, donate=False)
+        state, metrics = run(state, partitioning.global_batch(batch, mesh))
+        return jax.device_get((metrics, state.params))
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """The helpers above, as one fixture."""
-    return types.SimpleNamespace(model=model, system=system, initial=initial, batch=batch, vocab=VOCAB, target=TARGET)
+    helpers = dict(model=model, system=system, initial=initial, batch=batch, one_step=one_step)
+    return types.SimpleNamespace(**helpers, vocab=VOCAB, target=TARGET)

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from expertrag_jax import partitioning
 from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
 from expertrag_jax.model.config import TransformerConfig
@@ -17,8 +16,7 @@ from expertrag_jax.model.dual_encoder import DualEncoderConfig
 from expertrag_jax.systems import generator, marginals
 from expertrag_jax.systems.rag import RAG, with_question_alone
 from expertrag_jax.systems.snapshot import with_snapshot
-from expertrag_jax.training import parameters, step
-from expertrag_jax.training.state import Layout, TrainState
+from expertrag_jax.training import parameters
 
 VOCAB, LENGTH, WIDTH = 5, 3, 6
 MODEL = TransformerConfig(
@@ -294,20 +292,11 @@ def test_a_step_on_a_mesh_is_the_step_of_one_device(tiny):
         tiny.model(num_experts=0), dataclasses.replace(RETRIEVER, vocab_size=tiny.vocab), "token", temperature=0.5,
         null_document=True, refresh_period=2,
     )  # fmt: skip
-    (phase,) = made.phases
     found = []
     for sizes in ({"data": 1}, {"data": 2, "tensor": 2}):
-        devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-        mesh = partitioning.make_mesh(partitioning.MeshConfig(**{"data": 1} | sizes), devices)
-        layout, optimizer = Layout(made, mesh), with_snapshot(optax.sgd(0.1), "query_encoder", 2)
-        with jax.set_mesh(mesh):
-            params = jax.tree.map(jax.device_put, tiny.initial(made), layout.params)
-            variables, _ = parameters.split(params, phase.trainable)
-            zero = np.zeros((), np.int32)
-            state = TrainState(zero, zero, zero, params, optimizer.init(variables))
-            run = step.make_train_step(phase.loss, optimizer, phase.trainable, donate=False)
-            state, metrics = run(state, partitioning.global_batch(batch_of(ANSWERS[:8]), mesh))
-            found.append((float(metrics["objective"][0]), jax.device_get(state.params)))
+        optimizer = with_snapshot(optax.sgd(0.1), "query_encoder", 2)
+        metrics, params = tiny.one_step(made, optimizer, batch_of(ANSWERS[:8]), sizes)
+        found.append((float(metrics["objective"][0]), params))
     (expected, expected_params), (loss, params) = found
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), params, expected_params)
