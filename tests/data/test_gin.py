@@ -39,6 +39,7 @@ def parsed(tmp_path, vocabulary):
     path.write_text(
         "".join(json.dumps({"question": f"red {i}", "answers": ["stone"]}) + "\n" for i in range(5))
     )
+    gin.clear_config()  # a job that another test ran in this process leaves its bindings
     with gin.unlock_config():
         gin.parse_config(CONFIG.format(vocabulary=vocabulary.path, questions=path))
     yield
