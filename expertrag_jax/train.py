@@ -25,6 +25,7 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.moe.collapse import CollapseAlarm
 from expertrag_jax.retrieval.manifest import read_manifest
 from expertrag_jax.systems.description import describe
+from expertrag_jax.systems.mark import Reached
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import loop
 from expertrag_jax.training.compilation import keep_programs
@@ -63,14 +64,20 @@ class Stage:
     Attributes:
       name: of the stage and of its data set.
       phase: name of the system's phase whose loss and trainable parameters it has.
-      steps: of this stage; None: the phase's.
-      optimizer: of this stage; None: the phase's.
+      steps: of this stage, at most if it has a mark; None: the phase's.
+      optimizer: of this stage; None: the phase's. Its learning rate counts the stage's own steps.
+      until: ends the stage before ``steps`` when a metric reaches a mark; None: the phase's.
+
+    >>> from expertrag_jax.systems.mark import Reached
+    >>> Stage("namesakes", "generator", steps=1500, until=Reached("sequence_accuracy", 0.95, over=40)).name
+    'namesakes'
     """
 
     name: str
     phase: str
     steps: int | None = None
     optimizer: Callable[[], optax.GradientTransformation] | None = None
+    until: Reached | None = None
 
     def of(self, phases: Sequence[Phase]) -> Phase:
         """The phase to run; UserError where the system has none of that name."""
@@ -81,7 +88,9 @@ class Stage:
         phase = named[self.phase]
         steps = phase.steps if self.steps is None else self.steps
         optimizer = self.optimizer or phase.optimizer
-        return dataclasses.replace(phase, name=self.name, steps=steps, optimizer=optimizer)
+        return dataclasses.replace(
+            phase, name=self.name, steps=steps, optimizer=optimizer, until=self.until or phase.until
+        )
 
 
 def train(
@@ -246,7 +255,7 @@ def keep_configuration(directory: Path, files: Mapping[str, tuple[str, Vocabular
 def announced(directory: Path, phases: Sequence[Phase], mesh: Mesh) -> Iterator[None]:
     """Says what will run and where its files are; when it has ended, by an error too, where the time went."""
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    plan = ", then ".join(f"{phase.name} ({phase.steps} steps)" for phase in phases)
+    plan = ", then ".join(_length(phase) for phase in phases)
     print(f"training {plan} on {axes}", flush=True)
     print(f"checkpoints {directory / CHECKPOINTS}; logs {directory / LOGS}", flush=True)
     before = last_saved(directory / LOGS)
@@ -258,6 +267,13 @@ def announced(directory: Path, phases: Sequence[Phase], mesh: Mesh) -> Iterator[
     finally:
         if last_saved(directory / LOGS) != before:  # this start came so far as to count its time
             print(read_summary(directory / LOGS), flush=True)
+
+
+def _length(phase: Phase) -> str:
+    """The phase's name and steps, and its mark, if it has one."""
+    if phase.until is None:
+        return f"{phase.name} ({phase.steps} steps)"
+    return f"{phase.name} (until {phase.until.metric} reaches {phase.until.value:g}, {phase.steps} steps at most)"
 
 
 def show(record: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import optax
 
+from expertrag_jax.systems.mark import Reached
+
 Params = Mapping[str, Any]  # nested dict of float32 arrays
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]  # name -> (total, count); the value is total / count
 Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
@@ -24,7 +26,7 @@ class Phase:
 
     Attributes:
       name: names the phase's data set, its metrics and its place in the checkpoint.
-      steps: optimizer steps.
+      steps: optimizer steps; the largest number of them if ``until`` is given.
       loss: ``(params, batch, rng) -> (scalar, metrics)``. ``batch`` is any pytree whose leaves have the
         leading batch axis. The scalar is a mean over units (tokens, examples, ...) and ``metrics["loss"]`` is
         (sum, number of units); micro-batches are weighted by that number. A scalar that is a sum divided by
@@ -38,6 +40,7 @@ class Phase:
         the phase's evaluation.
       before_checkpoint: ``(params) -> None``, on the host before each checkpoint of the phase is written: makes what
         the checkpoint's parameters need beside them.
+      until: ends the phase before ``steps`` when a metric of its loss reaches a mark; None: it takes all ``steps``.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Phase:
     trainable: tuple[str, ...] = (".*",)
     prepare: Callable[[Params, Any], Any] | None = None
     before_checkpoint: Callable[[Params], None] | None = None
+    until: Reached | None = None
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """The gradient transformation; made now where ``optimizer`` is a factory."""

@@ -35,7 +35,7 @@ from expertrag_jax.training.integrity import (
     together,
     unsealed,
 )
-from expertrag_jax.training.retention import Retention
+from expertrag_jax.training.retention import Held, Retention
 from expertrag_jax.training.state import TrainState
 
 FORMAT = 2  # 1 had no fingerprints
@@ -63,8 +63,9 @@ class Checkpoints:
         self._asynchronous = asynchronous
         directory = Path(directory).absolute()
         cut_off = _half_written(directory) if jax.process_index() == 0 else []  # opening removes them
+        self._held = Held()
         self._checkpointer = ocp.training.Checkpointer(
-            directory, preservation_policy=self._keep.policy(), cleanup_tmp_directories=True
+            directory, preservation_policy=self._keep.policy(self._held), cleanup_tmp_directories=True
         )
         for step in cut_off:
             going_on = "starting from the beginning" if self.latest is None else f"going on from step {self.latest}"
@@ -87,6 +88,10 @@ class Checkpoints:
         """Step of the newest checkpoint, or None; it may be damaged: see ``newest_whole``."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
+
+    def hold(self, step: int | None) -> None:
+        """Keeps the checkpoint of this step, whatever the retention says, until the next call; None holds nothing."""
+        self._held.step = step
 
     def save(
         self, step: int, state: TrainState, metadata: Mapping[str, Any], metrics: Mapping[str, Any] | None = None

@@ -17,11 +17,12 @@ from expertrag_jax.moe.collapse import CollapseAlarm
 from expertrag_jax.systems.description import other_architecture
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import phases as phases_lib
-from expertrag_jax.training.ahead import Ahead, signature
+from expertrag_jax.training.ahead import Ahead, Program, key
 from expertrag_jax.training.checkpoint import Checkpoints
 from expertrag_jax.training.early_stopping import EarlyStopping, Patience
 from expertrag_jax.training.hang import Watchdog
 from expertrag_jax.training.interruption import Interrupted, Interruption
+from expertrag_jax.training.mastery import Mastery, Missed, summary
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
 from expertrag_jax.training.nonfinite import Watch
 from expertrag_jax.training.pretrained import start_from
@@ -126,26 +127,27 @@ def train(
             layout = Layout(system, mesh, rules)
             phases_lib.check(phases, datasets, layout.shapes)
             facts = {"seed": seed, "digests": {}, **(metadata or {})}
-            patience = Patience(early_stopping)
+            stored: Mapping[str, Any] = {}
             if checkpoints.latest is not None:
                 state = checkpoints.newest_whole(lambda step: resume(checkpoints, step, phases, layout, facts))
-                patience = Patience(early_stopping, checkpoints.metadata(int(state.step)).get("early_stopping"))
+                stored = checkpoints.metadata(int(state.step))
             else:
                 params = layout.initial_params(system, seed)
                 params = start_from(initial_checkpoint, params) if initial_checkpoint else params
                 state = phases_lib.enter(params, 0, 0, phases[0], layout)
+            patience, mastery = Patience(early_stopping, stored.get("early_stopping")), Mastery(stored.get("mastery"))
         with telemetry.lost("data", doing="first batch"):
-            phases_lib.check_data(phases_lib.to_come(phases, state), datasets, hooks)
+            phases_lib.check_data(phases_lib.to_come(phases, state, mastery), datasets, hooks)
         if begin is not None:
             begin()
         telemetry.resume(int(state.step))
         run = Run(
             phases, datasets, layout, checkpoints, telemetry, interruption, Watch(model_dir / LOGS), profile, ahead,
-            tuple(hooks), patience, facts, seed, microbatches, checkpoint_period, log_period,
+            tuple(hooks), patience, mastery, facts, seed, microbatches, checkpoint_period, log_period,
             collapse_alarm or CollapseAlarm(),
         )  # fmt: skip
         for index in range(int(state.phase), len(phases)):
-            if patience.skips(phases[index].name):
+            if patience.skips(phases[index].name) or mastery.finished(phases[index].name):
                 continue
             if int(state.phase) != index:
                 with telemetry.lost("startup"):
@@ -205,6 +207,7 @@ class Run:
     ahead: Ahead
     hooks: tuple[Hook, ...]
     patience: Patience
+    mastery: Mastery
     facts: Mapping[str, Any]
     seed: int
     microbatches: int
@@ -214,11 +217,44 @@ class Run:
     steps: list[tuple[tuple, TrainStep]] = dataclasses.field(default_factory=list)  # made so far, by what made them
 
     def phase(self, state: TrainState, index: int) -> TrainState:
-        """The remaining steps of a phase; the device is one step ahead of everything that is looked at."""
-        phase, step, first = self.phases[index], int(state.step), int(state.phase_step)
+        """The remaining steps of a phase, and its retries.
+
+        Raises:
+          Interrupted: see ``train``.
+          Missed: the phase took all its steps without reaching its mark, and the mark says to stop.
+        """
+        phase = self.phases[index]
+        mark, start = phase.until, self.mastery.start
+        if mark is None and int(state.phase_step) >= phase.steps:  # a checkpoint of its end was resumed
+            return state
+        if mark is not None and mark.if_missed == "retry" and start is None:
+            self.mastery.start = start = int(state.step)
+            self.save(state, phase, int(state.phase_step))
+        self.checkpoints.hold(start)
+        while True:
+            state, stop = self.attempt(state, phase)
+            phase_step = int(state.phase_step)
+            if self.mastery.retries(mark, phase_step) and not self.patience.skips(phase.name):
+                state = self.retry(state, index)
+                continue
+            missed = self.conclude(phase, phase_step)
+            self.save(state, phase, phase_step)
+            self.checkpoints.hold(None)
+            if stop or missed:
+                self.wait()
+                raise missed or Interrupted(int(state.step))
+            return state
+
+    def attempt(self, state: TrainState, phase: Phase) -> tuple[TrainState, bool]:
+        """Steps until the phase is over, and whether the run is to stop then.
+
+        The device is one step ahead of everything that is looked at.
+        """
+        step, first = int(state.step), int(state.phase_step)
         train_step = self.profile.of(self.compiled_step(phase, state), step)
         with self.telemetry.lost("data", doing="first batch"):
-            batches = self.datasets[phase.name](first) if first < phase.steps else iter(())
+            position = first + self.mastery.attempt * phase.steps  # a retry reads on
+            batches = self.datasets[phase.name](position) if first < phase.steps else iter(())
         for phase_step in range(first + 1, phase.steps + 1):
             batch = self.next_batch(batches, phase, state.params, phase_step, phase_step == first + 1)
             state, metrics = train_step(state, batch)
@@ -227,38 +263,85 @@ class Run:
             self.watch.add(step, metrics, batch)
             last = phase_step == phase.steps
             if step % self.log_period == 0 or last:
-                record = self.telemetry.log(step, phase.name, phase_step, self.watch.take())
-                for warning in self.alarm.observe(record):
-                    logging.warning("%s", warning)
+                last = self.log(step, phase, phase_step) or last
             self.run_hooks(state, step, phase, last)
             last = last or self.patience.skips(phase.name)
             stop = self.interruption.requested(step)
-            if step % self.checkpoint_period == 0 or last or stop:
-                self.save(state, step, phase, phase_step)
+            if last:
+                return state, stop
+            if step % self.checkpoint_period == 0 or stop:
+                self.save(state, phase, phase_step)
             if stop:
                 self.wait()
                 raise Interrupted(step)
-            if last:
-                break
-        return state
+        return state, False
+
+    def log(self, step: int, phase: Phase, phase_step: int) -> bool:
+        """Logs the steps since the last record; whether the phase has reached its mark."""
+        metrics = self.watch.take()
+        record = self.telemetry.log(step, phase.name, phase_step, metrics)
+        for warning in self.alarm.observe(record):
+            logging.warning("%s", warning)
+        self.mastery.add(phase.until, metrics)
+        return self.mastery.reached(phase.until, phase_step)
+
+    def retry(self, state: TrainState, index: int) -> TrainState:
+        """The phase's first parameters again; steps, data and random numbers go on from where they are."""
+        phase, start, step = self.phases[index], self.mastery.start, int(state.step)
+        record = self.mastery.retry(phase.name, phase.until, int(state.phase_step))
+        logging.warning("%s It starts again from step %d.", summary(record), start)
+        with self.telemetry.lost("startup"):
+            self.wait()
+            of = self.phases[phases_lib.locate(self.phases, self.checkpoints.metadata(start)["phase"])]
+            params = self.checkpoints.restore(start, self.layout.abstract_state(of)).params
+            return phases_lib.enter(params, step, index, phase, self.layout)
+
+    def conclude(self, phase: Phase, phase_step: int) -> Missed | None:
+        """Records how a phase with a mark ended; the error that is to end the run, if any."""
+        mark = phase.until
+        if mark is None or self.patience.skips(phase.name):
+            return None
+        if mark.if_missed == "stop" and not self.mastery.reached(mark, phase_step):
+            record = self.mastery.judge(phase.name, mark, phase_step)
+            return Missed(
+                f"{summary(record)} The run stops here, as its mark says: give the phase more steps and start again to "
+                'resume it, change what it trains with in another MODEL_DIR, or set if_missed to "continue" or "retry".'
+            )
+        record = self.mastery.end(phase.name, mark, phase_step)
+        figures = {f"mastery/{name}": float(record[name]) for name in ("mark", "steps", "attempts", "reached")}
+        figures |= {} if record["value"] is None else {"mastery/value": record["value"]}
+        place = {"step": self.telemetry.step, "phase": phase.name, "phase_step": phase_step}
+        self.telemetry.write(place | figures | {"mastery/metric": record["metric"]})
+        (logging.info if record["reached"] else logging.warning)("%s", summary(record))
+        return None
 
     def compiled_step(self, phase: Phase, state: TrainState) -> TrainStep:
         """The phase's step on this process's rows; seconds of waiting for a program are counted as lost."""
         step, seen = self.train_step(phase), set()
         with self.telemetry.lost("data", doing="first batch"):
-            self.ahead.begin(step, state, self.example_batches(phase, int(state.phase_step)), self.layout.mesh)
+            self.ahead.begin(self.programs(phase, state), self.layout.mesh)
 
         def run(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-            shape = signature(batch)
+            name = key(step, batch)
             arrays = partitioning.global_batch(batch, self.layout.mesh)
-            if shape in seen:
+            if name in seen:
                 return step(state, arrays)
-            seen.add(shape)
+            seen.add(name)
             with self.telemetry.lost("compile"):
-                self.ahead.wait(shape)
+                self.ahead.wait(name)
                 return step(state, arrays)
 
         return run
+
+    def programs(self, phase: Phase, state: TrainState) -> Iterator[Program]:
+        """What the phase will need, and after it the phases that have the same loss, as the stages of one phase do."""
+        first, index = int(state.phase_step), self.phases.index(phase)
+        for later in self.phases[index:]:
+            if later.loss != phase.loss:
+                return
+            like = state if later is phase else self.layout.abstract_state(later)
+            for batch in self.example_batches(later, first if later is phase else 0):
+                yield Program(self.train_step(later), like, batch)
 
     def example_batches(self, phase: Phase, first: int) -> Sequence[Any]:
         """A batch of each shape to come, where the data can tell and compiling beside the steps is safe.
@@ -308,8 +391,9 @@ class Run:
                 self.telemetry.write({"step": step, "phase": phase.name} | named)
                 self.patience.add(step, phase.name, named)
 
-    def save(self, state: TrainState, step: int, phase: Phase, phase_step: int) -> None:
+    def save(self, state: TrainState, phase: Phase, phase_step: int) -> None:
         """Writes a checkpoint of a state that is known to be good."""
+        step = int(state.step)
         self.watch.settle()
         if phase.before_checkpoint is not None:
             with self.telemetry.lost("data", doing="before checkpoint"):
@@ -318,6 +402,7 @@ class Run:
             place = {"phase": phase.name, "phase_step": phase_step, "mesh": dict(self.layout.mesh.shape)}
             place["early_stopping"] = self.patience.as_json()
             place["best_step"] = self.patience.best_for(phase.name)
+            place["mastery"] = self.mastery.as_json(phase.until, self.watch.pending())
             self.checkpoints.save(step, state, {**self.facts, **place}, self.telemetry.logged(step))
 
     def wait(self) -> None:

@@ -62,6 +62,11 @@ class Watch:
         metrics, self._metrics = jax.device_get(self._metrics), []
         return metrics
 
+    def pending(self) -> list[Mapping[str, Any]]:
+        """What ``take`` would return, left in place."""
+        self.settle()
+        return jax.device_get(self._metrics)
+
     def _check(self) -> None:
         step, metrics, batch = self._unchecked.pop(0)
         if float(metrics["finite"][0]) == 1.0:

@@ -12,6 +12,7 @@ from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
 from expertrag_jax.systems.system import Phase
 from expertrag_jax.training import parameters
+from expertrag_jax.training.mastery import Mastery
 from expertrag_jax.training.state import Layout, TrainState
 
 
@@ -33,10 +34,11 @@ def check(phases: Sequence[Phase], datasets: Mapping[str, Callable], params: Any
         parameters.trainable_names(params, phase.trainable)
 
 
-def to_come(phases: Sequence[Phase], state: TrainState) -> list[Phase]:
+def to_come(phases: Sequence[Phase], state: TrainState, mastery: Mastery) -> list[Phase]:
     """The phases that have steps left."""
     current, *later = phases[int(state.phase) :]
-    return [current] * (int(state.phase_step) < current.steps) + [phase for phase in later if phase.steps]
+    over = int(state.phase_step) >= current.steps or mastery.finished(current.name)
+    return ([] if over else [current]) + [phase for phase in later if phase.steps]
 
 
 def check_data(phases: Sequence[Phase], datasets: Mapping[str, Callable], hooks: Sequence[Any]) -> None:

@@ -46,12 +46,12 @@ class Retention:
                 "them is negative, and every_steps is at least 1."
             )
 
-    def policy(self) -> ocp.training.preservation_policies.PreservationPolicy | None:
-        """Orbax's policy; None keeps all."""
+    def policy(self, held: Held | None = None) -> ocp.training.preservation_policies.PreservationPolicy | None:
+        """Orbax's policy, which also keeps what is ``held``; None keeps all."""
         policies = ocp.training.preservation_policies
         if not self.latest:
             return None
-        kept = [policies.LatestN(self.latest), _Best(self)]
+        kept = [policies.LatestN(self.latest), _Best(self), held or Held()]
         if self.every_steps:
             kept.append(policies.EveryNSteps(self.every_steps))
         return policies.AnyPreservationPolicy(kept)
@@ -73,6 +73,18 @@ class Retention:
             step, self.metric, ", ".join(sorted(metrics)) or "none",
         )  # fmt: skip
         return None
+
+
+@dataclasses.dataclass
+class Held:
+    """Orbax's policy for one checkpoint that a run may return to; ``step`` None: there is none."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer per checkpoint."""
+        del context
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 @dataclasses.dataclass(frozen=True)

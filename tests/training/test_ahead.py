@@ -1,5 +1,6 @@
 """Programs for the shapes to come are compiled in another thread, once, and compute the same."""
 
+import dataclasses
 import logging
 import threading
 
@@ -10,7 +11,7 @@ import pytest
 from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
 from expertrag_jax.systems.system import Phase
-from expertrag_jax.training import loop
+from expertrag_jax.training import loop, optimizer
 
 
 class Told:
@@ -30,7 +31,7 @@ class Told:
 def trained(toy, tmp_path, caplog):
     """(end, threads that traced the loss, programs of the step) of a run over a data set."""
 
-    def run(name, data, rules=partitioning.ACTIVATION_RULES, **options):
+    def run(name, data, rules=partitioning.ACTIVATION_RULES, more=(), **options):
         traced = []
 
         def loss(params, batch, rng):
@@ -44,7 +45,9 @@ def trained(toy, tmp_path, caplog):
         jax.config.update("jax_log_compiles", True)  # in every thread, which jax.log_compiles() would not
         try:
             with caplog.at_level(logging.WARNING), partitioning.activation_rules(rules):
-                state = loop.train(toy.Toy(), {"body": data}, tmp_path / name, phases=[phase], **options)
+                phases = [phase, *(dataclasses.replace(phase, **changes) for changes in more)]
+                datasets = dict.fromkeys([phase.name for phase in phases], data)
+                state = loop.train(toy.Toy(), datasets, tmp_path / name, phases=phases, **options)
         finally:
             jax.config.update("jax_log_compiles", False)
         programs = [record for record in caplog.records if "Finished XLA compilation of jit(step)" in record.message]
@@ -58,6 +61,15 @@ def test_shapes_to_come_are_compiled_once_in_another_thread(trained, toy):
     plain, plainly_traced, plain_programs = trained("plain", toy.data)
     assert traced == [(16, False), (8, False)] and plainly_traced == [(16, True), (8, True)]
     assert programs == plain_programs == 2
+    jax.tree.map(np.testing.assert_array_equal, told, plain)
+
+
+def test_later_stages_of_the_same_loss_are_compiled_while_the_first_one_trains(trained, toy):
+    later = {"name": "later", "optimizer": lambda: optimizer.adafactor(0.01, min_dim_size_to_factor=4)}
+    shared = {"name": "shared"}  # the first stage's optimizer, so the first stage's programs
+    told, traced, programs = trained("told", Told(toy), more=(later, shared))
+    plain, _, plain_programs = trained("plain", toy.data, more=(later, shared))
+    assert traced == [(16, False), (8, False)] * 2 and programs == plain_programs == 4
     jax.tree.map(np.testing.assert_array_equal, told, plain)
 
 
