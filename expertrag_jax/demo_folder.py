@@ -14,6 +14,8 @@ from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.expert_rag import ExpertRAG
 from expertrag_jax.systems.retriever import DualEncoder
 
+WORLD_FILE = "world.json"  # says what is run in the folder
+
 
 def recipe(system: ExpertRAG, retriever: DualEncoder, schedule: Any, lengths: Mapping[str, int]) -> str:
     """A digest of what is trained, and for how long; ``schedule`` is a dataclass of plain values."""
@@ -21,14 +23,49 @@ def recipe(system: ExpertRAG, retriever: DualEncoder, schedule: Any, lengths: Ma
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def world_name(digest: str, version: str) -> str:
+    """Returns the name of a world in ``world.json``; ``read_world_name`` takes it apart again.
+
+    Args:
+      digest: of the world's configuration.
+      version: of the program that generates it.
+    """
+    return f"{digest} {version}"
+
+
+def read_world_name(directory: Path) -> tuple[str, str]:
+    """Returns digest and version of the world that the demo in ``directory`` runs on.
+
+    Args:
+      directory: MODEL_DIR of a demo, which ``check_folder`` has made.
+
+    Raises:
+      UserError: the folder has no ``world.json``, or one that this release does not write.
+    """
+    path = directory / WORLD_FILE
+    if not path.is_file():
+        raise UserError(f"{directory} holds no demo: name the MODEL_DIR of an `expertrag demo`.")
+    try:
+        digest, version = json.loads(path.read_text())["world"].split()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} was not written by this release: run `expertrag demo` into a new folder.") from None
+    return digest, version
+
+
 def check_folder(directory: Path, world: str, seed: int, trained: str) -> None:
-    """Makes the folder and notes what is run in it: the world's digest, the seed, and ``recipe``'s.
+    """Makes the folder and notes in ``world.json`` what is run in it.
+
+    Args:
+      directory: MODEL_DIR of the demo.
+      world: as ``world_name`` writes it.
+      seed: of training and measuring.
+      trained: digest of what is trained, from ``recipe``.
 
     Raises:
       UserError: it holds a run on another world, with another seed or of another recipe, or files that are of no such
         run; before anything is written.
     """
-    path, this = directory / "world.json", {"world": world, "seed": seed, "trained": trained}
+    path, this = directory / WORLD_FILE, {"world": world, "seed": seed, "trained": trained}
     if not path.exists():
         if directory.exists() and any(directory.iterdir()):
             raise UserError(f"{directory} holds files of no demo: name an empty MODEL_DIR; nothing was changed.")

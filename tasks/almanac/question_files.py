@@ -2,9 +2,9 @@
 
     python -m tasks.almanac.question_files --demo_dir runs/almanac
 
-writes ``runs/almanac/questions/<split>.jsonl``: ``gate`` and ``validation``, and the same test questions with the
-answers of edition 1 and of edition 2, a file each, and once more those whose answer changed between the two. See
-docs/rag.md.
+writes ``runs/almanac/questions/<split>.jsonl``: ``gate`` and ``validation``, the same test questions with the answers
+of edition 1 and of edition 2, and those whose answer changed between the two. They are the questions of the demo's own
+world, whatever its size and seed. See docs/rag.md.
 """
 
 from __future__ import annotations
@@ -15,28 +15,66 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import tensorflow_datasets as tfds
+from absl import logging
+
+from expertrag_jax.demo_folder import read_world_name
 from expertrag_jax.errors import UserError
-from tasks.almanac.config import AlmanacConfig
-from tasks.almanac.read import read_split
 
 SPLITS = ("gate", "validation", "test_edition_1", "test_edition_2")
+_FIELDS = ("id", "question", "answers", "entity", "stratum")
 
 
-def write_question_files(world: AlmanacConfig, data_dir: str | Path, directory: str | Path) -> dict[str, int]:
-    """Writes the files below ``directory``; returns how many questions there are, by name.
+def prepared_world(demo: Path) -> Path:
+    """Returns the folder of the demo's world, as TFDS has written it.
 
     Args:
-      data_dir: TFDS's folder of the world, which is generated where it is not there.
+      demo: MODEL_DIR of an `expertrag demo`.
+
+    Raises:
+      UserError: the folder holds no demo, or the demo has not generated its world yet.
     """
-    directory = Path(directory)
+    digest, version = read_world_name(demo)
+    found = list((demo / "world").glob(f"*/*_{digest}/{version}"))
+    if not found:
+        raise UserError(
+            f"{demo / 'world'} lacks the world {digest} of version {version}: run the same `expertrag demo` again, "
+            "which generates it."
+        )
+    return found[0]
+
+
+def read_records(prepared: Path, split: str) -> list[dict]:
+    """Returns the examples of a split of a prepared world, in its order, with plain Python values."""
+    wanted = tfds.decode.PartialDecoding(dict.fromkeys(_FIELDS, True))
+    examples = tfds.builder_from_directory(prepared).as_dataset(split=split, decoders=wanted)
+    return [_plain(example) for example in tfds.as_numpy(examples)]
+
+
+def _plain(example: dict) -> dict:
+    texts = {name: example[name].decode() for name in ("question", "stratum")}
+    numbers = {name: int(example[name]) for name in ("id", "entity")}
+    return texts | numbers | {"answers": [answer.decode() for answer in example["answers"]]}
+
+
+def write_question_files(prepared: Path, directory: Path) -> dict[str, int]:
+    """Writes a file of questions for each split, and two of the questions whose answer changed.
+
+    Args:
+      prepared: folder of the world, see ``prepared_world``.
+      directory: where the files go.
+
+    Returns:
+      The number of questions by the name of their file.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    found = {split: read_split(world, data_dir, split) for split in SPLITS}
-    pairs = changed(found["test_edition_1"], found["test_edition_2"])
+    records = {split: read_records(prepared, split) for split in SPLITS}
+    pairs = changed(records["test_edition_1"], records["test_edition_2"])
     for place, edition in enumerate((1, 2)):
-        found[f"changed_edition_{edition}"] = [pair[place] for pair in pairs]
-    for name, records in found.items():
-        (directory / f"{name}.jsonl").write_text("".join(map(_line, records)), encoding="utf-8")
-    return {name: len(records) for name, records in found.items()}
+        records[f"changed_edition_{edition}"] = [pair[place] for pair in pairs]
+    for name, lines in records.items():
+        (directory / f"{name}.jsonl").write_text("".join(map(_line, lines)), encoding="utf-8")
+    return {name: len(lines) for name, lines in records.items()}
 
 
 def changed(first: Sequence[dict], second: Sequence[dict]) -> list[tuple[dict, dict]]:
@@ -44,18 +82,6 @@ def changed(first: Sequence[dict], second: Sequence[dict]) -> list[tuple[dict, d
     by_question = {record["question"]: record for record in second}
     pairs = {record["question"]: (record, by_question[record["question"]]) for record in first}
     return [(one, two) for one, two in pairs.values() if set(one["answers"]) != set(two["answers"])]
-
-
-def check_world(world: AlmanacConfig, demo: Path) -> None:
-    """UserError where the folder is no demo's, or is of another world, whose entities are others."""
-    noted = demo / "world.json"
-    if not noted.is_file():
-        raise UserError(f"{demo} holds no demo: name the MODEL_DIR of an `expertrag demo`.")
-    if json.loads(noted.read_text())["world"] != world.digest:
-        raise UserError(
-            f"{demo} is a demo of another world than one of {world.num_entities} entities with seed {world.seed}: give "
-            "--entities and --seed of that demo."
-        )
 
 
 def _line(record: dict) -> str:
@@ -68,19 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--demo_dir", required=True, help="MODEL_DIR of an `expertrag demo`")
-    parser.add_argument("--entities", type=int, default=1000, help="of the demo's world")
-    parser.add_argument("--seed", type=int, default=0, help="of the demo's world")
-    options = parser.parse_args(arguments)
-    demo = Path(options.demo_dir)
-    world = AlmanacConfig(num_entities=options.entities, seed=options.seed)
+    demo = Path(parser.parse_args(arguments).demo_dir)
     try:
-        check_world(world, demo)
+        prepared = prepared_world(demo)
     except UserError as error:
         print(f"question_files: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    for name, count in write_question_files(world, demo / "world", demo / "questions").items():
+    for name, count in write_question_files(prepared, demo / "questions").items():
         print(f"{demo / 'questions' / name}.jsonl: {count} questions")
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of its own deprecated calls
     main()

@@ -93,23 +93,73 @@ def test_an_impossible_world_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_questions_of_another_world_are_not_written(tmp_path, capsys):
+SMALL = {
+    "num_entities": 100, "num_asked_facts": 600, "num_training_questions": 600, "tail_ranks": 150,
+    "num_retriever_examples": 20, "lesson_share": 0.01, "gate_facts": 20, "validation_facts": 20,
+    "test_questions": 100,
+}  # fmt: skip
+
+
+@pytest.fixture
+def demo_folder(tmp_path, monkeypatch):
+    """The folder of `expertrag demo` on the world SMALL, stopped when it has noted in it what it runs."""
+    from expertrag_jax import demo
+    from expertrag_jax.main import main
+
+    class Stopped(Exception):
+        pass
+
+    def stop_after(check_folder):
+        def check(*arguments):
+            check_folder(*arguments)
+            raise Stopped
+
+        return check
+
+    monkeypatch.setattr(demo, "check_folder", stop_after(demo.check_folder))
+    bindings = [f"--gin_bindings=AlmanacConfig.{name} = {value}" for name, value in SMALL.items()]
+    with pytest.raises(Stopped):
+        main(["demo", "--gin_file=runs/almanac.gin", f"--gin.MODEL_DIR={tmp_path / 'demo'}", *bindings])
+    return tmp_path / "demo"
+
+
+def test_the_questions_are_those_of_the_demos_own_world(demo_folder, capsys):
+    from tasks.almanac import builder
     from tasks.almanac.question_files import main
 
-    for told, wanted in (("holds no demo", None), ("another world", "0" * 12)):
-        if wanted:
-            (tmp_path / "world.json").write_text(f'{{"world": "{wanted}"}}')
+    config = AlmanacConfig(**SMALL)
+    builder.prepare(config, demo_folder / "world", progress=False)
+    main(["--demo_dir", str(demo_folder)])
+    assert "test_edition_1.jsonl: 100 questions" in capsys.readouterr().out
+    titles = {f"e{row}": title for row, title in enumerate(World(config).passages(1).titles)}
+    questions = read_questions_jsonl(demo_folder / "questions" / "gate.jsonl")
+    assert len(questions) == 40
+    assert all(titles[question.gold_passage_ids[0]] in question.question for question in questions)
+
+
+def test_a_folder_without_a_demo_or_its_world_is_refused(demo_folder, tmp_path, capsys):
+    from tasks.almanac.question_files import main
+
+    def refused(folder) -> str:
+        before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as stop:
-            main(["--demo_dir", str(tmp_path)])
-        assert stop.value.code == 2 and told in capsys.readouterr().err
-    assert not (tmp_path / "questions").exists() and not (tmp_path / "world").exists()
+            main(["--demo_dir", str(folder)])
+        assert stop.value.code == 2 and sorted(tmp_path.rglob("*")) == before
+        return capsys.readouterr().err
+
+    assert "holds no demo" in refused(tmp_path)
+    assert "lacks the world" in refused(demo_folder)
+    (demo_folder / "world.json").write_text('{"world": "0123456789ab"}')
+    assert "not written by this release" in refused(demo_folder)
 
 
 def test_questions_as_files(data_dir, tmp_path):
+    from tasks.almanac import builder
     from tasks.almanac.question_files import write_question_files
 
     world = World(TINY)
-    counts = write_question_files(TINY, data_dir, tmp_path)
+    prepared = builder.prepare(TINY, data_dir, progress=False).data_path
+    counts = write_question_files(prepared, tmp_path)
     questions = {name: read_questions_jsonl(tmp_path / f"{name}.jsonl") for name in counts}
     assert {name: len(found) for name, found in questions.items()} == counts
     assert counts["test_edition_1"] == counts["test_edition_2"] == 40 and counts["changed_edition_1"] > 0
