@@ -34,6 +34,8 @@ class TransformerConfig:
       loss_free_balancing: a bias on the choice of experts, moved by their load, keeps the load even
         (arXiv 2408.15664); a parameter ``selection_bias`` per sparse layer. Set AUX_LOSS_FACTOR to 0 or near it.
       relative_buckets, relative_max_distance: T5's relative position bias.
+      attention_init: initial parameters of the encoder's self-attention, ``t5``, or ``copies``, with which a reader
+        that is trained from little learns to match names several times as fast (see ``model.initialisation``).
       scan_layers: compile one block and scan over it. remat: ``none``, ``full`` (recompute everything in the
         backward pass) or ``dots`` (keep matrix products).
     """
@@ -63,6 +65,7 @@ class TransformerConfig:
     loss_free_balancing: bool = False
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    attention_init: str = "t5"
     scan_layers: bool = False
     remat: str = "none"
 
@@ -75,6 +78,8 @@ class TransformerConfig:
             raise UserError(f"TransformerConfig.dtype is {self.dtype!r}; use 'float32' or 'bfloat16'.")
         if self.remat not in ("none", "full", "dots"):
             raise UserError(f"TransformerConfig.remat is {self.remat!r}; use 'none', 'full' or 'dots'.")
+        if self.attention_init not in ("t5", "copies"):
+            raise UserError(f"TransformerConfig.attention_init is {self.attention_init!r}; use 't5' or 'copies'.")
         if self.num_experts and not 1 <= self.num_selected_experts <= self.num_experts:
             raise UserError(
                 f"NUM_SELECTED_EXPERTS is {self.num_selected_experts}: it must lie between 1 and "

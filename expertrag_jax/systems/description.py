@@ -52,7 +52,7 @@ def rebuild(description: Mapping[str, Any]) -> Any:
 
 NOT_ARCHITECTURE = (
     "dropout_rate", "train_expert_capacity_factor", "eval_expert_capacity_factor", "expert_group_size",
-    "router_jitter", "dtype", "remat",
+    "router_jitter", "dtype", "remat", "attention_init",
 )  # fmt: skip
 """Fields of the networks' configurations that a run may change when it goes on."""
 

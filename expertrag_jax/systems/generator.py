@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from expertrag_jax.batch import Batch
+from expertrag_jax.model import initialisation
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.transformer import DecoderCache, Memory, Transformer, empty_cache
 from expertrag_jax.moe.statistics import RouterStatistics
@@ -97,7 +98,8 @@ def sparse_layers(collection: Any) -> list[RouterStatistics]:
 def initial_parameters(config: TransformerConfig, rng: Array) -> dict:
     """The generator's parameters, boxed with their logical axes."""
     tokens = jnp.ones((1, 8), jnp.int32)
-    return Transformer(config).init(rng, tokens, tokens)["params"]
+    params = Transformer(config).init(rng, tokens, tokens)["params"]
+    return initialisation.look_for_copies(params, config) if config.attention_init == "copies" else params
 
 
 def plain(params: Any) -> dict:
