@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is at fault, and this sentence says how to mend it."""
+"""The exceptions that a command turns into one sentence and an exit code of their own (see ``launch.py``)."""
 
 
 class UserError(Exception):
@@ -6,4 +6,11 @@ class UserError(Exception):
 
     The message is one sentence: what is wrong, where, and how to mend it. Commands print it as
     ``error: ...`` without a traceback and exit with code 2 (see ``launch.py``).
+    """
+
+
+class QualityMissed(Exception):
+    """A job is done and its files are written, but the result is worse than the job promises.
+
+    The message says what was missed and what to change. Commands print it as ``missed: ...`` and exit with code 3.
     """

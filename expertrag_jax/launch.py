@@ -8,9 +8,9 @@ does ``python -m expertrag_jax.train ...``, for the module ends with::
         launch.run("expertrag_jax.train")
 
 Its flags are described in `job_flags`, several processes in `processes`. Exit codes: 0 done; 2 bad input
-(``error: <sentence>`` on standard error, a traceback only with ``--debug``); 75 hung, with ``hang_abort``; 130
-interrupted; 1 a defect of the program, with its traceback. Of several processes process 0 alone tells what all do;
-errors are told by each.
+(``error: <sentence>`` on standard error, a traceback only with ``--debug``); 3 done, but worse than the job promises
+(``missed: <sentence>``); 75 hung, with ``hang_abort``; 130 interrupted; 1 a defect of the program, with its traceback.
+Of several processes process 0 alone reports what all do; each reports its own errors.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from typing import Any
 import gin
 
 from expertrag_jax import disk, gin_errors, gin_files, job_flags, processes
-from expertrag_jax.errors import UserError
+from expertrag_jax.errors import QualityMissed, UserError
 
-DEFECT, USER_ERROR, INTERRUPTED = 1, 2, 130
+DEFECT, USER_ERROR, QUALITY_MISSED, INTERRUPTED = 1, 2, 3, 130
 
 _started: dict[str, float] = {}
 
@@ -65,6 +65,9 @@ def execute(job_name: str, argv: Sequence[str], prog: str | None = None, began: 
     except KeyboardInterrupt:
         print(f"{processes.prefix()}interrupted", file=sys.stderr)
         return INTERRUPTED
+    except QualityMissed as missed:
+        print(f"{processes.prefix()}missed: {gin_errors.message(missed)}", file=sys.stderr)
+        return QUALITY_MISSED
     except Exception as error:
         sentence = explain(error)
         if sentence is None and not processes.several():

@@ -22,7 +22,7 @@ A toy for the tests of the launcher.
 """
 from __future__ import annotations
 from collections.abc import Sequence
-from expertrag_jax.errors import UserError
+from expertrag_jax.errors import QualityMissed, UserError
 
 FLAGS = {
     "--out_dir": ("out_dir", "where to write, 100% of it"),
@@ -51,6 +51,8 @@ def toy_job(out_dir: str, model: Model | None = None, steps: int | None = 3, see
         raise KeyboardInterrupt
     if question == "missing":
         open(out_dir)
+    if question == "worse":
+        raise QualityMissed("1 of 2 promises on quality.")
     if question == "defect":
         raise IndexError("a defect")
     if question in ("processes", "alone"):
@@ -232,6 +234,11 @@ def test_interrupt_and_defect(toy):
     assert toy("--out_dir=x", "interrupt")[0] == 130
     with pytest.raises(IndexError, match="a defect"):
         toy("--out_dir=x", "defect")
+
+
+def test_a_result_below_what_the_job_promises_is_one_sentence_and_exit_code_3(toy):
+    code, _, _, err = toy("--out_dir=x", "worse")
+    assert (code, err) == (3, "missed: 1 of 2 promises on quality.\n")
 
 
 def test_run_exits_with_the_code(toy):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expertrag_jax.evaluation import plots
+from expertrag_jax.evaluation.checks import SPEED
 from expertrag_jax.evaluation.words import (
     duration,
     fraction,
@@ -104,9 +105,10 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
         False: '<span class="no">✗ missed:</span>',
         None: '<span class="no">not measured:</span>',
     }
+    slow = words | {False: '<span class="no">✗ slow:</span>'}
     rows = [
         [
-            f"{words[check['met']]} {_text(check['name'])}",
+            f"{(slow if check['kind'] == SPEED else words)[check['met']]} {_text(check['name'])}",
             measured(check, check["measured"]),
             f"{'≥' if check['relation'] == '>=' else '≤'} {measured(check, check['bar'])}",
         ]

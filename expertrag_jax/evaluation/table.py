@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from expertrag_jax.evaluation.checks import SPEED
 from expertrag_jax.evaluation.words import (
     MISSING,
     duration,
@@ -100,5 +101,7 @@ def _checks(checks: list[Mapping[str, Any]]) -> Table:
     words = {True: "[green]kept[/]", False: "[bold red]missed[/]", None: MISSING}
     for check in checks:
         bar = f"{check['relation']} {measured(check, check['bar'])}"
-        table.add_row(check["name"], measured(check, check["measured"]), bar, words[check["met"]])
+        slow = check["met"] is False and check["kind"] == SPEED
+        word = "[yellow]slow[/]" if slow else words[check["met"]]
+        table.add_row(check["name"], measured(check, check["measured"]), bar, word)
     return table

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from expertrag_jax.training.mastery import summary
 from expertrag_jax.training.model_dir import LOGS
 
 
@@ -30,3 +31,13 @@ def expert_load(model_dir: str | Path, records: int = 10) -> dict[str, list[floa
     """Per sparse layer, the share of tokens of each expert, mean over the last ``records``; empty for a dense model."""
     loads = [record["router/load"] for record in read_records(model_dir) if "router/load" in record][-records:]
     return {f"sparse layer {i + 1}": row for i, row in enumerate(np.mean(loads, axis=0).tolist())} if loads else {}
+
+
+def missed_marks(model_dir: str | Path) -> list[str]:
+    """One sentence for each phase of a run that did not reach its mark."""
+    found = []
+    for record in read_records(model_dir):
+        if record.get("mastery/reached") == 0.0:
+            figures = {name.removeprefix("mastery/"): value for name, value in record.items()}
+            found.append(summary({"value": None} | figures))
+    return found

@@ -72,8 +72,8 @@ class Mastery:
     def judge(self, phase: str, mark: Reached, phase_step: int) -> dict[str, Any]:
         """The record of the attempt that is over; see ``ended``."""
         return {
-            "phase": phase, "metric": mark.metric, "mark": float(mark.value), "value": self.value(mark), "steps": phase_step,
-            "attempts": self.attempt + 1, "reached": self.reached(mark, phase_step),
+            "phase": phase, "metric": mark.metric, "mark": float(mark.value), "value": self.value(mark),
+            "steps": phase_step, "attempts": self.attempt + 1, "reached": self.reached(mark, phase_step),
         }  # fmt: skip
 
     def end(self, phase: str, mark: Reached, phase_step: int) -> dict[str, Any]:
@@ -106,11 +106,11 @@ class Mastery:
 def summary(record: Mapping[str, Any]) -> str:
     """One sentence about a phase that ended: its mark, what it reached, and after how many steps."""
     value = "nothing" if record["value"] is None else f"{record['value']:.4g}"
-    retried = f" at attempt {record['attempts']}" if record["attempts"] > 1 else ""
+    retried = f" at attempt {record['attempts']:.0f}" if record["attempts"] > 1 else ""
     verb = "reached" if record["reached"] else "did not reach"
     return (
-        f"Phase '{record['phase']}' {verb} its mark{retried}: {record['metric']} is {value} after {record['steps']} "
-        f"steps, the mark is {record['mark']:.4g}."
+        f"Phase '{record['phase']}' {verb} its mark{retried}: {record['metric']} is {value} after "
+        f"{record['steps']:.0f} steps, the mark is {record['mark']:.4g}."
     )
 
 
@@ -119,7 +119,9 @@ def _pairs(mark: Reached, metrics: Iterable[Mapping[str, tuple[Any, Any]]]) -> l
     for step in metrics:
         if mark.metric not in step or np.ndim(step[mark.metric][0]):
             known = ", ".join(sorted(name for name, (total, _) in step.items() if not np.ndim(total)))
-            raise UserError(f"Reached names the metric {mark.metric!r}, which this phase does not log; it logs {known}.")
+            raise UserError(
+                f"Reached names the metric {mark.metric!r}, which this phase does not log; it logs {known}."
+            )
         total, count = step[mark.metric]
         pairs.append((float(total), float(count)))
     return pairs

@@ -148,6 +148,40 @@ def test_checks_compare_in_the_right_direction(example):
     assert {"retrieval rate of the gate", "fraction of the possible speed-up"} <= names
 
 
+def changed(example, em=0.97, rate=0.5, fraction=0.95):
+    """The checks of a report whose figures are far from their bars, but for these."""
+    kept = [{**check, "met": True} for check in example["checks"]]
+    measured = {
+        "always retrieve, exact match": (em, em >= 0.9),
+        "retrieval rate of the gate": (rate, rate <= 0.6),
+        "fraction of the possible speed-up": (fraction, fraction >= 0.9),
+    }
+    found = {check["name"]: check for check in kept}
+    for name, (value, met) in measured.items():
+        found[name] |= {"measured": value, "met": met}
+    return kept
+
+
+def test_a_missed_promise_on_quality_names_the_figure_the_stage_and_what_to_change(example):
+    assert checks.missed_quality(changed(example)) is None
+    stage = "Phase 'namesakes' did not reach its mark."
+    text = checks.missed_quality(changed(example, em=0.259, rate=0.7), [stage])
+    assert text.startswith("2 of 13 promises on quality: always retrieve, exact match 0.259 (bar >= 0.9); ")
+    assert "retrieval rate of the gate 0.700 (bar <= 0.6)" in text and stage in text
+    assert "Lesson.steps" in text and "retrieval_budget" in text and "TRAIN_STEPS" not in text
+    assert "Every stage with a mark reached it." in checks.missed_quality(changed(example, rate=0.7))
+
+
+def test_a_missed_promise_on_speed_warns_and_does_not_fail(example):
+    slow = changed(example, fraction=0.5)
+    assert checks.missed_quality(slow) is None
+    console = Console(file=io.StringIO(), width=80)
+    table.print_report({**example, "checks": slow}, console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if "possible speed-up" in line]
+    assert line.split()[-1] == "slow"
+    assert "✗ slow:" in page.render({**example, "checks": slow})
+
+
 def test_the_terminal_table_fits_80_columns(example):
     console = Console(file=io.StringIO(), width=80)
     table.print_report(example, console)
