@@ -7,6 +7,7 @@ A run that was stopped goes on where it was: what is trained, indexed and genera
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,17 +15,18 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from absl import logging
 
 from expertrag_jax import comparison, gate_training, launch
 from expertrag_jax.assembly import tokenise_answers
-from expertrag_jax.data.interleave import Curriculum, Weighted, interleave
+from expertrag_jax.data.interleave import Batches, Weighted, interleave
 from expertrag_jax.data.pipeline import Pipeline
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.demo_folder import check_folder, recipe
-from expertrag_jax.errors import UserError
+from expertrag_jax.errors import QualityMissed, UserError
 from expertrag_jax.evaluation.answers import exact_match
-from expertrag_jax.evaluation.checks import almanac_checks
+from expertrag_jax.evaluation.checks import almanac_checks, missed_quality
 from expertrag_jax.evaluation.report import EditionResult, build_report, write_report
 from expertrag_jax.evaluation.table import print_report
 from expertrag_jax.export import export
@@ -34,10 +36,11 @@ from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.service import Service, service_from_model
 from expertrag_jax.stages import Stages, quiet
 from expertrag_jax.systems.expert_rag import ExpertRAG
+from expertrag_jax.systems.mark import Reached
 from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.train import Stage, train
 from expertrag_jax.trained_model import open_model
-from expertrag_jax.training.log import expert_load, losses_by_phase
+from expertrag_jax.training.log import expert_load, losses_by_phase, missed_marks
 from expertrag_jax.training.phases import check_steps
 from expertrag_jax.training.pretrained import save_parameters
 from expertrag_jax.vocabulary import Vocabulary, train_vocabulary
@@ -57,12 +60,14 @@ MODEL_DIRS = ("retriever", "generator", "model")
 
 @dataclasses.dataclass(frozen=True)
 class Lesson:
-    """A stage of the reader's curriculum: ``steps`` batches of ``batch_size`` from the almanac's lesson ``name``.
+    """Batches of ``batch_size`` from the almanac's lesson ``name``: a stage of the reader's curriculum, or practice.
 
     Attributes:
       length: P, tokens of question and passage.
       weight: of an answer's token in the loss, where one of a closed-book answer has 1. Felt where batches of both
         take turns, and where the loss is divided by a constant (``loss_normalizing_factor``).
+      steps: of the stage, at most if it has a mark; None for practice, which lasts to the end.
+      until: ends the stage when the reader has learned it; None: it takes all its steps.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Lesson:
     length: int
     weight: float = 1.0
     steps: int | None = None
+    until: Reached | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +83,19 @@ class Schedule:
     """What the generator reads and remembers, in which order.
 
     Attributes:
-      lessons: open book only, one after the other, each with its steps.
+      lessons: open book only, one after the other, each a stage of its own.
       practice: lessons that are never over: to the end, their batches take turns with one another and with
         closed-book ones.
-      closed_book_batch: questions in these. closed_book_share: how many of them to a batch of each
-        practised lesson.
+      closed_book_batch: questions in these.
+      closed_book_share: how many of them to a batch of each practised lesson.
+      lesson_optimizer: of the lessons; the learning rate counts each lesson's own steps. None: the generator's.
     """
 
     lessons: Sequence[Lesson]
     practice: Sequence[Lesson]
     closed_book_batch: int
     closed_book_share: int
+    lesson_optimizer: Callable[[], optax.GradientTransformation] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +174,9 @@ def demo(
       retrieval_budget: highest fraction of the validation questions that may retrieve.
     Returns:
       The report, as in ``report.json``.
+    Raises:
+      UserError: a setting is impossible, or ``model_dir`` holds another run.
+      QualityMissed: everything is written, but a promise on quality was missed (see ``evaluation.checks``).
     """
     directory = Path(model_dir).expanduser().absolute()
     if system.gate_objective != "utility":
@@ -201,6 +212,8 @@ def demo(
     page = write_report(report, directory)
     print_report(report)
     print(f"report: {page}", flush=True)
+    if missed := missed_quality(report["checks"], missed_marks(directory / "generator")):
+        raise QualityMissed(missed)
     return report
 
 
@@ -276,34 +289,47 @@ def index_editions(run: Demo) -> None:
 def train_generator(run: Demo, tasks: dict[str, Any]) -> None:
     """The reader's lessons, then articles and closed-book questions in turn."""
     schedule = run.schedule
-
-    def pipeline(task, batch_size, length=None):
-        lengths = run.lengths | ({"passages": length} if length else {})
-        return Pipeline(tasks[task], lengths, batch_size, seed=run.seed)
-
-    def reading(lesson):
-        return Weighted(pipeline(f"open_book_{lesson.name}", lesson.batch_size, lesson.length), lesson.weight)
-
-    closed_book = pipeline("closed_book", schedule.closed_book_batch)
-    practice = [(reading(lesson), 1) for lesson in schedule.practice]
-    turns = interleave([(closed_book, schedule.closed_book_share), *practice])
-    lessons = [(reading(lesson), lesson.steps) for lesson in schedule.lessons]
-    data = Curriculum(*zip(*lessons, (turns, None)))
+    stages, data = lessons(run, tasks)
+    closed_book = Pipeline(tasks["closed_book"], run.lengths, schedule.closed_book_batch, seed=run.seed)
+    practice = [(reading(run, tasks, lesson), 1) for lesson in schedule.practice]
+    data["generator"] = interleave([(closed_book, schedule.closed_book_share), *practice])
     run_training(
-        run, "train the generator", "generator", run.system, {"generator": data}, [Stage("generator", "generator")],
+        run, "train the generator", "generator", run.system, data, [*stages, Stage("generator", "generator")],
         initial={"query_encoder": str(run.directory / "retriever")},
     )
 
 
+def lessons(run: Demo, tasks: dict[str, Any]) -> tuple[list[Stage], dict[str, Batches]]:
+    """The stages of the reader's curriculum, and the data set of each."""
+    schedule = run.schedule
+    stages = [
+        Stage(lesson.name, "generator", lesson.steps, schedule.lesson_optimizer, lesson.until)
+        for lesson in schedule.lessons
+    ]
+    return stages, {lesson.name: reading(run, tasks, lesson) for lesson in schedule.lessons}
+
+
+def reading(run: Demo, tasks: dict[str, Any], lesson: Lesson) -> Batches:
+    """Batches of a lesson, weighted."""
+    lengths = run.lengths | {"passages": lesson.length}
+    pipeline = Pipeline(tasks[f"open_book_{lesson.name}"], lengths, lesson.batch_size, seed=run.seed)
+    return Weighted(pipeline, lesson.weight)
+
+
 def run_training(run: Demo, title, folder, system, datasets, stages=None, initial=None) -> None:
-    """One call of the job ``train`` with the stage's progress bar."""
-    total = sum(phase.steps for phase in system.phases if phase.name in datasets)
-    with run.stages.stage(title, total=total) as advance:
+    """One call of the job ``train`` with the stage's progress bar; a stage that ends early makes the bar jump."""
+    phases = system.phases if stages is None else [stage.of(system.phases) for stage in stages]
+    steps = {phase.name: phase.steps for phase in phases if phase.name in datasets}
+    before = dict(zip(steps, itertools.accumulate(steps.values(), initial=0)))
+    with run.stages.stage(title, total=sum(steps.values())) as advance:
         done = [0]
 
         def progress(record):
-            advance(record["phase_step"] - done[0], f"loss {record['loss']:.3f}" if "loss" in record else "")
-            done[0] = record["phase_step"]
+            here = before[record["phase"]] + record["phase_step"]
+            accuracy = f", accuracy {record['sequence_accuracy']:.2f}" if "sequence_accuracy" in record else ""
+            note = f"{record['phase']}: loss {record['loss']:.3f}{accuracy}" if "loss" in record else ""
+            advance(here - done[0], note)
+            done[0] = here
 
         train(
             str(run.directory / folder), system, datasets, run.vocabulary_path, run.lengths, stages=stages,

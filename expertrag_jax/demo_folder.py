@@ -18,9 +18,9 @@ WORLD_FILE = "world.json"  # says what is run in the folder
 
 
 def recipe(system: ExpertRAG, retriever: DualEncoder, schedule: Any, lengths: Mapping[str, int]) -> str:
-    """A digest of what is trained, and for how long; ``schedule`` is a dataclass of plain values."""
+    """A digest of what is trained, and for how long; ``schedule`` is a dataclass, whose functions are left out."""
     parts = [describe(system), describe(retriever), dataclasses.asdict(schedule), dict(lengths)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=lambda function: None).encode()).hexdigest()[:16]
 
 
 def world_name(digest: str, version: str) -> str:

@@ -147,17 +147,16 @@ def test_a_run_that_is_stopped_inside_a_phase_ends_it_at_the_same_step_with_the_
     assert ended(tmp_path / "m") == ended(tmp_path / "whole")
 
 
-def test_a_mark_on_an_average_that_a_stop_cuts_in_two_is_reached_at_the_same_step(run, toy, tmp_path):
+@pytest.mark.parametrize("at", [8, 11])
+def test_a_mark_on_an_average_that_a_stop_cuts_in_two_is_reached_at_the_same_step(run, toy, tmp_path, at):
     pairs = losses(run, toy, tmp_path)
     total, count = np.sum(pairs[7:14], axis=0)
     mark = Reached("loss", float(total / count) + 1e-6, over=7, larger_is_better=False)
     expected = run(mark, folder="whole")
-    for at in (8, 11):
-        folder = f"at{at}"
-        with pytest.raises(Interrupted):
-            run(mark, folder=folder, data=lambda s: toy.data(s, at, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        assert same(expected, run(mark, folder=folder))
-        assert json.dumps(ended(tmp_path / folder)) == json.dumps(ended(tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        run(mark, data=lambda start: toy.data(start, at, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert same(expected, run(mark))
+    assert json.dumps(ended(tmp_path / "m")) == json.dumps(ended(tmp_path / "whole"))
 
 
 def test_a_metric_that_the_phase_does_not_log_is_refused(run):
