@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -132,55 +131,3 @@ class Weighted:
     def _weigh(self, batch: Batch) -> Batch:
         weights = batch.decoder_loss_weights * np.float32(self.weight)
         return dataclasses.replace(batch, decoder_loss_weights=weights)
-
-
-@dataclasses.dataclass(eq=False)
-class Curriculum:
-    """``curriculum(start_step)`` yields the batches of several stages, one stage after the other.
-
-    Attributes:
-      stages: callables from a start step to an iterator of batches; each counts steps from its own start.
-      steps: of each stage, whole numbers from 0; the last one may be None, "to the end".
-
-    Raises:
-      UserError: no stage, or numbers of steps that do not fit the stages.
-    """
-
-    stages: Sequence[Batches]
-    steps: Sequence[int | None]
-
-    def __post_init__(self):
-        wrong = [n for n in self.steps if n is not None and (n != int(n) or n < 0)]
-        if not self.stages or len(self.stages) != len(self.steps) or None in self.steps[:-1] or wrong:
-            raise UserError(
-                f"a curriculum of {len(self.stages)} stages with steps {list(self.steps)}: give each stage "
-                "its whole number of steps; only the last may be None"
-            )
-        self.steps = [None if n is None else int(n) for n in self.steps]
-
-    def __call__(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from ``start_step`` on; ends with the last stage, or with one that ends before its steps.
-
-        Going on to the next stage instead would part the position in the data from the step number.
-        """
-        position = start_step
-        for stage, steps in zip(self.stages, self.steps):
-            if steps is not None and position >= steps:
-                position -= steps
-                continue
-            for batch in itertools.islice(stage(position), None if steps is None else steps - position):
-                yield batch
-                position += 1
-            if position != steps:
-                return
-            position = 0
-
-    def check(self) -> None:
-        """See ``check_all``."""
-        check_all(self.stages)
-
-    def example_batches(self, start_step: int = 0) -> list[Batch]:
-        """One batch of each shape from ``start_step`` on, in the order of the stages."""
-        ends = itertools.accumulate(np.inf if steps is None else steps for steps in self.steps)
-        stages = zip(self.stages, self.steps, ends)
-        return example_batches_of([stage for stage, steps, end in stages if steps != 0 and start_step < end])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from expertrag_jax import partitioning
+from expertrag_jax.data.interleave import check_all
 from expertrag_jax.errors import UserError
 from expertrag_jax.systems.system import Phase
 from expertrag_jax.training import parameters
@@ -44,8 +45,7 @@ def to_come(phases: Sequence[Phase], state: TrainState, mastery: Mastery) -> lis
 def check_data(phases: Sequence[Phase], datasets: Mapping[str, Callable], hooks: Sequence[Any]) -> None:
     """Lets each data set that has a ``check``, and the hooks of these phases, read what they serve: no phase is trained
     in vain."""
-    for phase in phases:
-        getattr(datasets[phase.name], "check", lambda: None)()
+    check_all([datasets[phase.name] for phase in phases])
     for hook in hooks:
         if any(hook.phase in (None, phase.name) for phase in phases):
             hook.check()
