@@ -78,6 +78,7 @@ def one_run(gin_file: str, seed: int, name: str, lessons: Sequence[str], steps: 
     variant = VARIANTS[name]
     arguments = configured(gin_file, seed, variant)
     world, vocabulary_size = arguments.pop("world"), arguments.pop("vocabulary_size")
+    world = dataclasses.replace(world, lessons={lesson: world.lessons[lesson] for lesson in lessons})  # and no others
     schedule = arguments["schedule"]
     taken = [dataclasses.replace(lesson, steps=steps) for lesson in schedule.lessons if lesson.name in lessons]
     run = demo.Demo(
