@@ -63,9 +63,10 @@ READING_LESSONS = {
     "crowds": Lesson(6_000, passages=4, facts=8, unrelated_share=0.0),
 }
 """The lessons of the demo, in order; the last two are practised to the end. A small reader that starts with whole
-articles copies from any of them (its loss stays at ln K); copying is learned from one sentence a passage in 150 steps,
-matching names from two in 500 to 700 more. A batch of families is as costly as one of crowds and has more than twice
-as many names to tell apart: turns of both teach reading and leave more of the model to facts than crowds alone."""
+articles copies from any of them (its loss stays at ln K). From one sentence a passage it learns to copy and to match
+names in about 200 steps (docs/results/learning_to_read.md), four sentences and whole articles then take about 150 and
+60 steps. A batch of families is as costly as one of crowds and has more than twice as many names to tell apart: turns of
+both teach reading and leave more of the model to facts than crowds alone."""
 
 
 class AlmanacError(UserError, ValueError):
