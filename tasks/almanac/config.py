@@ -65,8 +65,8 @@ READING_LESSONS = {
 """The lessons of the demo, in order; the last two are practised to the end. A small reader that starts with whole
 articles copies from any of them (its loss stays at ln K). From one sentence a passage it learns to copy and to match
 names in about 200 steps (docs/results/learning_to_read.md), four sentences and whole articles then take about 150 and
-60 steps. A batch of families is as costly as one of crowds and has more than twice as many names to tell apart: turns of
-both teach reading and leave more of the model to facts than crowds alone."""
+60 steps. A batch of families is as costly as one of crowds and has more than twice as many names to tell apart: turns
+of both teach reading and leave more of the model to facts than crowds alone."""
 
 
 class AlmanacError(UserError, ValueError):
