@@ -46,6 +46,7 @@ from expertrag_jax.training.pretrained import save_parameters
 from expertrag_jax.vocabulary import Vocabulary, train_vocabulary
 from tasks.almanac import AlmanacConfig, World
 from tasks.almanac.builder import VERSION, prepare
+from tasks.almanac.demo_world import world_name
 from tasks.almanac.phrasing import RELATIONS
 from tasks.almanac.read import read_split
 from tasks.almanac_tasks import register_almanac
@@ -186,7 +187,7 @@ def demo(
     check_steps((*retriever.phases, *system.phases))
     generated = World(world)  # refuses impossible sizes before anything is written
     recipe_digest = recipe(system, retriever, schedule, task_feature_lengths)
-    check_folder(directory, f"{world.digest} {VERSION}", seed, recipe_digest)
+    check_folder(directory, world_name(world.digest, VERSION), seed, recipe_digest)
     logging.set_verbosity(logging.ERROR)  # TFDS warns of every builder that is not in its catalogue
     # Stages compile the same programs again, and so does a run that goes on.
     jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))

@@ -13,43 +13,13 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.expert_rag import ExpertRAG
 from expertrag_jax.systems.retriever import DualEncoder
-
-WORLD_FILE = "world.json"  # says what is run in the folder
+from tasks.almanac.demo_world import WORLD_FILE
 
 
 def recipe(system: ExpertRAG, retriever: DualEncoder, schedule: Any, lengths: Mapping[str, int]) -> str:
     """A digest of what is trained, and for how long; ``schedule`` is a dataclass, whose functions are left out."""
     parts = [describe(system), describe(retriever), dataclasses.asdict(schedule), dict(lengths)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=lambda function: None).encode()).hexdigest()[:16]
-
-
-def world_name(digest: str, version: str) -> str:
-    """Returns the name of a world in ``world.json``; ``read_world_name`` takes it apart again.
-
-    Args:
-      digest: of the world's configuration.
-      version: of the program that generates it.
-    """
-    return f"{digest} {version}"
-
-
-def read_world_name(directory: Path) -> tuple[str, str]:
-    """Returns digest and version of the world that the demo in ``directory`` runs on.
-
-    Args:
-      directory: MODEL_DIR of a demo, which ``check_folder`` has made.
-
-    Raises:
-      UserError: the folder has no ``world.json``, or one that this release does not write.
-    """
-    path = directory / WORLD_FILE
-    if not path.is_file():
-        raise UserError(f"{directory} holds no demo: name the MODEL_DIR of an `expertrag demo`.")
-    try:
-        digest, version = json.loads(path.read_text())["world"].split()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} was not written by this release: run `expertrag demo` into a new folder.") from None
-    return digest, version
 
 
 def check_folder(directory: Path, world: str, seed: int, trained: str) -> None:

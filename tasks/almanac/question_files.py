@@ -18,8 +18,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from absl import logging
 
-from expertrag_jax.demo_folder import read_world_name
 from expertrag_jax.errors import UserError
+from tasks.almanac.demo_world import read_world_name
 
 SPLITS = ("gate", "validation", "test_edition_1", "test_edition_2")
 _FIELDS = ("id", "question", "answers", "entity", "stratum")
