@@ -33,9 +33,10 @@ class Pipeline:
     (s + 1) * batch_size, and process i of n gets its i-th contiguous slice. Starting at any step gives the
     same batches as running up to it, on any number of processes (but see ``shard_source``).
 
-    Example:
-      >>> pipeline = Pipeline("trivia_qa", {"inputs": 64, "targets": 16, "query": 64}, batch_size=32)
-      >>> batch = next(pipeline(start_step=100))
+    With TriviaQA registered as ``trivia_qa``::
+
+      pipeline = Pipeline("trivia_qa", {"inputs": 64, "targets": 16, "query": 64}, batch_size=32)
+      batch = next(pipeline(start_step=100))
 
     Attributes:
       mixture_or_task: a registered name, a ``seqio.Task`` or a ``seqio.Mixture``.
