@@ -13,7 +13,7 @@ help: ## list the targets
 
 # Large arrays stay in the heap, on huge pages: a training step on a CPU spends a third of its time less on page faults.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.top_pad=268435456
-demo: $(SETUP) ## the almanac: from nothing to a trained, gated, evaluated and exported ExpertRAG (6 to 11 minutes, by machine)
+demo: $(SETUP) ## the almanac: from nothing to a trained, gated, evaluated and exported ExpertRAG (6 to 20 minutes, by machine)
 	$(BIN)/expertrag demo --gin_file=runs/almanac.gin
 
 test: $(SETUP) ## unit and end-to-end tests (EXPERTRAG_DATA=folder adds those on real text; WORKERS=1 for less memory)
