@@ -31,9 +31,7 @@ from expertrag_jax.train import train
 from expertrag_jax.trained_model import open_model
 from expertrag_jax.training import optimizer
 from expertrag_jax.training.pretrained import read_metadata
-from tasks.almanac import AlmanacConfig
-from tasks.almanac.question_files import changed
-from tasks.almanac.read import read_split
+from tasks.almanac.question_files import changed, prepared_world, read_records
 from tasks.questions import register_questions
 
 EDITIONS = ("1", "2")
@@ -101,9 +99,9 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=4)
     parser.add_argument("--json", help="also write the figures here")
     options = parser.parse_args()
-    world, data = AlmanacConfig(), Path(options.demo_dir) / "world"
-    model_dir = trained(options, read_split(world, data, "gate"))
-    records = {edition: read_split(world, data, f"test_edition_{edition}") for edition in EDITIONS}
+    world = prepared_world(Path(options.demo_dir))
+    model_dir = trained(options, read_records(world, "gate"))
+    records = {edition: read_records(world, f"test_edition_{edition}") for edition in EDITIONS}
     pairs = changed(records["1"], records["2"])
     table = swap(options, model_dir, {"1": [one for one, _ in pairs], "2": [two for _, two in pairs]})
     print(f"{len(pairs)} questions about facts that changed between the editions; K = {options.passages}")
