@@ -300,6 +300,7 @@ class Run:
         """Records how a phase with a mark ended; the error that is to end the run, if any."""
         mark = phase.until
         if mark is None or self.patience.skips(phase.name):
+            self.mastery.leave()
             return None
         if mark.if_missed == "stop" and not self.mastery.reached(mark, phase_step):
             record = self.mastery.judge(phase.name, mark, phase_step)

@@ -80,9 +80,13 @@ class Mastery:
         """Records that the phase is over, and returns the record."""
         record = self.judge(phase, mark, phase_step)
         self.ended.append(record)
+        self.leave()
+        return record
+
+    def leave(self) -> None:
+        """Forgets the current phase."""
         self.attempt, self.start = 0, None
         self._window.clear()
-        return record
 
     def retry(self, phase: str, mark: Reached, phase_step: int) -> dict[str, Any]:
         """Begins the next attempt at the phase, and returns the record of the one that is over."""

@@ -14,6 +14,7 @@ from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
 from expertrag_jax.systems.mark import Reached
 from expertrag_jax.training import log, loop, optimizer, pretrained
+from expertrag_jax.training.early_stopping import EarlyStopping
 from expertrag_jax.training.interruption import Interrupted
 from expertrag_jax.training.mastery import Missed
 
@@ -130,6 +131,21 @@ def test_the_checkpoint_of_a_retry_is_kept_until_the_phase_is_over(run, tmp_path
     run(retry, steps=10, keep_checkpoints=1, checkpoint_period=2, asynchronous_checkpoints=False,
         hooks=[loop.Hook("look", 1, look)])  # fmt: skip
     assert all(0 in steps and len(steps) <= 2 for steps in kept[:20]) and 0 not in kept[-1]
+
+
+def test_a_phase_that_early_stopping_ends_leaves_nothing_to_the_next_one(toy, tmp_path, told):
+    retry = dataclasses.replace(NEVER, if_missed="retry", retries=1)
+    body = dataclasses.replace(toy.Toy(steps=(10, 0)).phases[0], until=retry)
+    hook = loop.Hook("eval", 2, lambda params, step: {"loss": 1.0})
+    state = loop.train(
+        toy.Toy(), {"body": toy.data, "later": toy.data}, tmp_path / "m", log_period=2, hooks=[hook],
+        phases=(body, dataclasses.replace(body, name="later")), mesh=partitioning.make_mesh(devices=jax.devices()[:1]),
+        early_stopping=EarlyStopping("eval/loss", patience=1, phases="body"),
+    )  # fmt: skip
+    (record,) = ended(tmp_path / "m")
+    assert (record["phase"], record["attempts"], record["steps"]) == ("later", 2, 10)
+    assert int(state.step) == 4 + 2 * 10
+    assert any("starts again from step 4." in text for text in told())  # not from that of the phase before
 
 
 @pytest.mark.parametrize("at", [3, 10, 15])
