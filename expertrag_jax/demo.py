@@ -67,7 +67,7 @@ class Lesson:
       length: P, tokens of question and passage.
       weight: of an answer's token in the loss, where one of a closed-book answer has 1. Felt where batches of both
         take turns, and where the loss is divided by a constant (``loss_normalizing_factor``).
-      steps: of the stage, at most if it has a mark; None for practice, which lasts to the end.
+      steps: length of the stage, or its upper bound if it has a mark; None for practice, which lasts to the end.
       until: ends the stage when the reader has learned it; None: it takes all its steps.
     """
 
@@ -89,7 +89,8 @@ class Schedule:
         closed-book ones.
       closed_book_batch: questions in these.
       closed_book_share: how many of them to a batch of each practised lesson.
-      lesson_optimizer: of the lessons; the learning rate counts each lesson's own steps. None: the generator's.
+      lesson_optimizer: makes the optimizer of each lesson, whose learning rate counts the lesson's own steps; None
+        uses the generator's.
     """
 
     lessons: Sequence[Lesson]

@@ -64,7 +64,7 @@ class Stage:
     Attributes:
       name: of the stage and of its data set.
       phase: name of the system's phase whose loss and trainable parameters it has.
-      steps: of this stage, at most if it has a mark; None: the phase's.
+      steps: length of this stage, or its upper bound if it has a mark; None: the phase's.
       optimizer: of this stage; None: the phase's. Its learning rate counts the stage's own steps.
       until: ends the stage before ``steps`` when a metric reaches a mark; None: the phase's.
 

@@ -35,7 +35,7 @@ class TransformerConfig:
         (arXiv 2408.15664); a parameter ``selection_bias`` per sparse layer. Set AUX_LOSS_FACTOR to 0 or near it.
       relative_buckets, relative_max_distance: T5's relative position bias.
       attention_init: initial parameters of the encoder's self-attention, ``t5``, or ``copies``, with which a reader
-        that is trained from little learns to match names several times as fast (see ``model.initialisation``).
+        that is trained from scratch learns to match names in fewer steps (see ``model.initialisation``).
       scan_layers: compile one block and scan over it. remat: ``none``, ``full`` (recompute everything in the
         backward pass) or ``dots`` (keep matrix products).
     """

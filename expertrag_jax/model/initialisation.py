@@ -1,7 +1,7 @@
 """A start for the encoder in which tokens look for copies of themselves.
 
-A reader that is trained from little first has to notice that a name of the question stands in a passage. From T5's
-initial parameters that is a plateau of uncertain length, followed by a jump. Two things are missing at its start:
+A reader that is trained from scratch must first learn that a name in the question also occurs in a passage. From T5's
+initial parameters the loss stays on a plateau of uncertain length, and then drops. Two things are missing at the start:
 
 * attention to equal tokens. If the query kernel is a multiple of the key kernel, the scores are a positive
   semi-definite form, in which a token and its copy score highest: "mimetic initialization" (arXiv 2305.09828) starts

@@ -112,7 +112,9 @@ def train(
     Returns:
       The state after the last phase.
     Raises:
-      UserError: bad configuration or checkpoint. NonFiniteLoss: see there.
+      UserError: bad configuration or checkpoint.
+      Missed: a phase took all its steps without reaching its mark, and the mark says to stop; the state is saved.
+      NonFiniteLoss: see there.
       Interrupted: after SIGTERM, when the state is saved; it is a SystemExit with code 0.
     """
     mesh = mesh or partitioning.make_mesh()

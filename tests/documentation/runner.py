@@ -129,7 +129,7 @@ def recipe(arguments: list[str]) -> list[str]:
 
 
 def free_port() -> int:
-    """A port of this machine on which nobody listens."""
+    """Returns a free port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -25,7 +25,7 @@ done
 | 1 | `python -m tasks.almanac.two_hop_files --output_dir=c`, `make clean` again |
 
 ```gin
-OPTIMIZER = @optimizer.adamw  # make all of it anew
+OPTIMIZER = @optimizer.adamw  # make all of it again
 ```
 
 ```python
