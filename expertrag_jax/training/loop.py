@@ -21,6 +21,7 @@ from expertrag_jax.training.ahead import Ahead, Program, key
 from expertrag_jax.training.checkpoint import Checkpoints
 from expertrag_jax.training.early_stopping import EarlyStopping, Patience
 from expertrag_jax.training.hang import Watchdog
+from expertrag_jax.training.integrity import Damaged
 from expertrag_jax.training.interruption import Interrupted, Interruption
 from expertrag_jax.training.mastery import Mastery, Missed, summary
 from expertrag_jax.training.model_dir import CHECKPOINTS, LOGS, open_model_dir
@@ -294,9 +295,20 @@ class Run:
         logging.warning("%s It starts again from step %d.", summary(record), start)
         with self.telemetry.lost("startup"):
             self.wait()
+            return phases_lib.enter(self.first_parameters(phase), step, index, phase, self.layout)
+
+    def first_parameters(self, phase: Phase) -> Any:
+        """The parameters with which the current phase began; UserError if their checkpoint is damaged."""
+        start = self.mastery.start
+        try:
             of = self.phases[phases_lib.locate(self.phases, self.checkpoints.metadata(start)["phase"])]
-            params = self.checkpoints.restore(start, self.layout.abstract_state(of)).params
-            return phases_lib.enter(params, step, index, phase, self.layout)
+            return self.checkpoints.restore(start, self.layout.abstract_state(of)).params
+        except Damaged as error:
+            raise UserError(
+                f"Phase '{phase.name}' cannot start again: its first checkpoint, at step {start}, is damaged "
+                f"({error}); "
+                'set if_missed to "continue", or train in another MODEL_DIR.'
+            ) from error
 
     def conclude(self, phase: Phase, phase_step: int) -> Missed | None:
         """Records how a phase with a mark ended; the error that is to end the run, if any."""

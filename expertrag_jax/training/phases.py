@@ -45,7 +45,8 @@ def to_come(phases: Sequence[Phase], state: TrainState, mastery: Mastery) -> lis
 def check_data(phases: Sequence[Phase], datasets: Mapping[str, Callable], hooks: Sequence[Any]) -> None:
     """Lets each data set that has a ``check``, and the hooks of these phases, read what they serve: no phase is trained
     in vain."""
-    check_all([datasets[phase.name] for phase in phases])
+    served = [datasets[phase.name] for phase in phases]
+    check_all(list({id(dataset): dataset for dataset in served}.values()))  # each once, if phases share one
     for hook in hooks:
         if any(hook.phase in (None, phase.name) for phase in phases):
             hook.check()

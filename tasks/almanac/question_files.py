@@ -20,9 +20,9 @@ from absl import logging
 
 from expertrag_jax.errors import UserError
 from tasks.almanac.demo_world import read_world_name
+from tasks.almanac.read import read_prepared
 
 SPLITS = ("gate", "validation", "test_edition_1", "test_edition_2")
-_FIELDS = ("id", "question", "answers", "entity", "stratum")
 
 
 def prepared_world(demo: Path) -> Path:
@@ -46,15 +46,7 @@ def prepared_world(demo: Path) -> Path:
 
 def read_records(prepared: Path, split: str) -> list[dict]:
     """Returns the examples of a split of a prepared world, in its order, with plain Python values."""
-    wanted = tfds.decode.PartialDecoding(dict.fromkeys(_FIELDS, True))
-    examples = tfds.builder_from_directory(prepared).as_dataset(split=split, decoders=wanted)
-    return [_plain(example) for example in tfds.as_numpy(examples)]
-
-
-def _plain(example: dict) -> dict:
-    texts = {name: example[name].decode() for name in ("question", "stratum")}
-    numbers = {name: int(example[name]) for name in ("id", "entity")}
-    return texts | numbers | {"answers": [answer.decode() for answer in example["answers"]]}
+    return read_prepared(tfds.builder_from_directory(prepared), split)
 
 
 def write_question_files(prepared: Path, directory: Path) -> dict[str, int]:

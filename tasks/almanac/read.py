@@ -22,7 +22,11 @@ _BATCH = 4096  # examples fetched at a time: one by one takes ten times as long
 
 def read_split(config: AlmanacConfig, data_dir: str | os.PathLike, split: str) -> list[dict]:
     """All examples of a split, in its order, with plain Python values; passages are left out."""
-    builder = prepare(config, data_dir, progress=False)
+    return read_prepared(prepare(config, data_dir, progress=False), split)
+
+
+def read_prepared(builder: tfds.core.DatasetBuilder, split: str) -> list[dict]:
+    """``read_split`` of a world that is there already, as ``tfds.builder_from_directory`` opens it."""
     wanted = tfds.decode.PartialDecoding(dict.fromkeys(_FIELDS, True))
     examples = builder.as_dataset(split=split, decoders=wanted).map(_with_joined_answers).batch(_BATCH)
     return [example for batch in tfds.as_numpy(examples) for example in _plain(batch)]
