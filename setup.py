@@ -28,6 +28,7 @@ CORE = [
     "sentencepiece>=0.2.1,<0.3",
     "bm25s>=0.3,<0.4",
     "PyStemmer>=3.0,<4",
+    "regex>=2024.11",
     "tensorboardX>=2.6.4,<3",  # writes TensorBoard files without TensorFlow
     "absl-py>=2.1",
     "matplotlib>=3.9,<4",

@@ -23,7 +23,7 @@ from expertrag_jax.data.question_tasks import number, register
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv
-from expertrag_jax.retrieval.documents import sentences
+from expertrag_jax.retrieval.splitting import sentences
 
 Pair = tuple[int, int, str, str, str]  # id, row of the passage, sentence, title, text of the passage
 

@@ -19,16 +19,17 @@ differ. ``kilt``          Petroni et al. 2021. The prediction is stripped, and a
 
 from __future__ import annotations
 
-import functools
 import re
 import string
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+import regex
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 _CLOSED_ANSWERS = ("yes", "no", "noanswer")
 
 
@@ -143,35 +144,11 @@ def has_answer(text: str, answers: Iterable[str]) -> bool:
 
 def simple_tokens(text: str) -> list[str]:
     """DPR's tokens of a text, lower case, after NFD."""
-    return [token.lower() for token in _token_pattern().findall(unicodedata.normalize("NFD", text))]
+    return [token.lower() for token in _TOKEN.findall(unicodedata.normalize("NFD", text))]
 
 
 def _contains(tokens: list[str], run: list[str]) -> bool:
     return bool(run) and any(tokens[i : i + len(run)] == run for i in range(len(tokens) - len(run) + 1))
-
-
-@functools.lru_cache(maxsize=1)
-def _token_pattern() -> re.Pattern[str]:
-    r"""``[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]``, which `re` cannot spell: the classes as ranges."""
-    words, blanks = [], []
-    for code in range(sys.maxunicode + 1):
-        major = unicodedata.category(chr(code))[0]
-        if major in "LNM":
-            words.append(code)
-        elif major in "ZC":
-            blanks.append(code)
-    return re.compile(f"[{_ranges(words)}]+|[^{_ranges(blanks)}]")
-
-
-def _ranges(codes: list[int]) -> str:
-    """Ascending code points as the inside of a regular expression's character class."""
-    spans: list[list[int]] = []
-    for code in codes:
-        if spans and code == spans[-1][1] + 1:
-            spans[-1][1] = code
-        else:
-            spans.append([code, code])
-    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in spans)
 
 
 def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:

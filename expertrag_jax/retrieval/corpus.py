@@ -16,6 +16,9 @@ from typing import TextIO
 
 from expertrag_jax.errors import UserError
 
+HARD_NEGATIVES = "hard_negative_passage_ids"
+"""The field of a question's record that names passages which do not answer it."""
+
 _COLUMNS = ("id", "text", "title")
 _FIELD_LIMIT = 1 << 27  # csv's own limit of 128 KiB per field is below one long document
 
@@ -62,7 +65,7 @@ class Question:
     """One line of a questions file.
 
     Attributes:
-      id: unique in the file; the line number (from 0) where the file gives none.
+      id: unique in the file; the question's number in it (from 0) if the file gives none.
       question: the text.
       answers: accepted answers; empty where the file may omit them.
       gold_passage_ids: ids of passages known to support the answer; may be empty.
@@ -113,12 +116,14 @@ def _header(row: list[str]) -> list[int] | None:
     return None
 
 
-def _tsv_records(path: Path, lines: TextIO) -> Iterator[tuple[int, str, str, str]]:
+def _tsv_records(path: Path, lines: TextIO, written_here: bool) -> Iterator[tuple[int, str, str, str]]:
     """(first line number, id, text, title) of each record."""
     csv.field_size_limit(_FIELD_LIMIT)
-    reader = csv.reader(lines, delimiter="\t")
+    raw: list[str] = []  # the lines of the record that is being read
+    reader = csv.reader((raw.append(line) or line for line in lines), delimiter="\t")
     places, width, line = [0, 1, 2], 3, 1
     while True:
+        raw.clear()
         try:
             row = next(reader, None)
         except csv.Error as error:
@@ -129,31 +134,55 @@ def _tsv_records(path: Path, lines: TextIO) -> Iterator[tuple[int, str, str, str
         if header:
             places, width = header, len(row)
         elif row:
+            if not written_here:
+                _check_quotes(path, line, raw, width)
             if len(row) != width:
-                hint = ""
-                if reader.line_num > line:
-                    hint = f" (a double quote opened on line {line} is closed on line {reader.line_num})"
                 raise UserError(
-                    f"{path}:{line}: {len(row)} columns where {width} are expected (id, text, title, "
-                    "separated by "
-                    f"tabs){hint}: mend or remove the line"
+                    f"{path}:{line}: {len(row)} columns where {width} are expected (id, text, title, separated by "
+                    "tabs): mend or remove the line"
                 )
             yield line, row[places[0]], row[places[1]], row[places[2]]
         line = reader.line_num + 1
 
 
-def read_passages_tsv(path: str | Path, held: memoryview | None = None) -> Passages:
-    """Read passages in DPR's format: tab-separated id, text, title; CSV-quoted; plain or gzipped; header
-    optional. ``held``: see ``open_text``.
+def _check_quotes(path: Path, line: int, raw: list[str], width: int) -> None:
+    """Refuses a record whose quotes take in other rows or never close; ``raw`` are its lines, from ``line`` on."""
+    opened = f"{path}:{line}: a double quote opened on line {line}"
+    if len(raw) == 1 and raw[0].count('"') % 2 == 0:
+        return
+    if len(list(csv.reader([*raw, "\n"], delimiter="\t"))) == 1:  # another line would still be inside the quotes
+        raise UserError(f"{opened} is never closed: close it, or write two for one that is text")
+    if len(raw) == 1:
+        return
+    try:
+        list(csv.reader(raw, delimiter="\t", strict=True))
+        rows = all(len(text.split("\t")) == width for text in raw)
+    except csv.Error:
+        rows = True
+    if rows:
+        raise UserError(
+            f"{opened} is closed on line {line + len(raw) - 1}, and what is between looks like other rows: close it on "
+            "its line, or write two for one that is text"
+        )
+
+
+def read_passages_tsv(path: str | Path, held: memoryview | None = None, written_here: bool = False) -> Passages:
+    """Read passages in DPR's format: tab-separated id, text, title; CSV-quoted; plain or gzipped; header optional.
+
+    Args:
+      path: of the file.
+      held: see ``open_text``.
+      written_here: whether `write_passages_tsv` wrote the file, so that every quoted field is what it seems. In other
+        files a quoted field may hold line breaks and tabs, but not what looks like rows of the file.
 
     Raises:
       UserError: the file is missing, damaged or empty, a line has another number of columns (with its
-        number), an id is empty or occurs twice.
+        number), a quote takes in other rows, an id is empty or occurs twice.
     """
     seen: dict[str, int] = {}
     titles, texts = [], []
     with open_text(path, held) as lines:
-        for line, name, text, title in _tsv_records(path, lines):
+        for line, name, text, title in _tsv_records(Path(path), lines, written_here):
             if not name:
                 raise UserError(f"{path}:{line}: the passage has an empty id: give each passage its own")
             if name in seen:
@@ -190,15 +219,52 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
     """
     with open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: a JSON object is expected, not {type(record).__name__}")
-            yield number, record
+            if line.strip():
+                yield number, json_object(line, f"{path}:{number}")
+
+
+def json_object(text: str, where: str) -> dict:
+    """A JSON object that can be written again; ``where`` names its place in messages.
+
+    Raises:
+      UserError: it is not JSON, not an object, too deep, has an integer of too many digits, or half a surrogate pair.
+    """
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{where}: the JSON is nested too deeply: use fewer brackets inside one another") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise UserError(f"{where}: the JSON holds a number that is too long ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a JSON object is expected, not {type(record).__name__}")
+    if "\\ud" in text.lower() and _half_pair(record):
+        raise UserError(f"{where}: a string holds half a surrogate pair (\\ud800 to \\udfff): write both halves")
+    return record
+
+
+def _half_pair(record: dict) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def record_id(record: dict, default: str, where: str) -> str:
+    """The record's ``id``, or ``_id`` as BEIR and MTEB have it, as a string; ``default`` if neither is given.
+
+    Raises:
+      UserError: it is neither a string nor a number.
+    """
+    for field in ("id", "_id"):
+        value = record.get(field)
+        if isinstance(value, bool | list | dict):
+            raise UserError(f"{where}: {field!r} must be a string or a number, not {json.dumps(value)[:40]}")
+        if value not in (None, ""):
+            return str(value)
+    return default
 
 
 def _strings(record: dict, field: str, where: str) -> tuple[str, ...]:
@@ -209,7 +275,7 @@ def _strings(record: dict, field: str, where: str) -> tuple[str, ...]:
 
 
 def read_questions_jsonl(path: str | Path, require_answers: bool = True) -> list[Question]:
-    """Read questions: JSON objects with `question`, `answers`, optional `id`, `gold_passage_ids` and others.
+    """Read questions: JSON objects with `question`, `answers`, optional `id` (or `_id`), `gold_passage_ids` and others.
 
     Args:
       path: JSON lines, plain or gzipped.
@@ -230,18 +296,16 @@ def read_questions_jsonl(path: str | Path, require_answers: bool = True) -> list
             raise UserError(
                 f"{where}: the field 'answers' is missing or empty: give at least one accepted answer"
             )
-        name = str(record.get("id", len(questions)))
+        name = record_id(record, str(len(questions)), where)
         if name in seen:
             raise UserError(
                 f"{where}: question id {name!r} already stands on line {seen[name]}: ids must be distinct"
             )
         seen[name] = line
         gold = _strings(record, "gold_passage_ids", where)
-        extra = {
-            key: value
-            for key, value in record.items()
-            if key not in ("id", "question", "answers", "gold_passage_ids")
-        }
+        _strings(record, HARD_NEGATIVES, where)
+        known = ("id", "_id", "question", "answers", "gold_passage_ids")
+        extra = {key: value for key, value in record.items() if key not in known}
         questions.append(Question(name, text, answers, gold, extra))
     if not questions:
         raise UserError(f"{path}: no question in the file")

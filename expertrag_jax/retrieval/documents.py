@@ -1,66 +1,21 @@
-"""Raw documents (text, Markdown, JSON lines) split into passages on sentence bounds."""
+"""Raw documents (text, Markdown, JSON lines) read as passages of whole sentences."""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from expertrag_jax.errors import UserError
-from expertrag_jax.retrieval.corpus import Passages, json_lines, open_text
+from expertrag_jax.retrieval.corpus import Passages, json_lines, open_text, record_id
+from expertrag_jax.retrieval.splitting import split_text
 
+_LOG = logging.getLogger(__name__)
 _TEXT, _MARKDOWN, _JSON = (".txt",), (".md", ".markdown"), (".jsonl", ".json")
-# A sentence ends at . ! ? and closing quotes or brackets, before white space and what can begin the next.
-_SENTENCE_END = re.compile(r"""(?<=[.!?。！？])["'”’)\]]*\s+(?=["'“‘(\[]*[^\W_a-z])""")
-# These words end in a full stop inside sentences.
-_ABBREVIATION = re.compile(
-    r"(?:^|[\s(\[\"'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Gen|Col|Lt|Sgt|Rev|Hon|Capt|Gov|Sen|Rep|No|Nos|Vol"
-    r"|pp?|vs|etc|cf|ca|approx|e\.g|i\.e|U\.S|U\.K|U\.N|Inc|Ltd|Co|Corp|Fig|Eq|al)\.$"
-)
 _HEADING = re.compile(r"^ {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
-
-
-def sentences(text: str) -> list[str]:
-    """Split running text into sentences; white space is normalised to single spaces.
-
-    A full stop after an initial or a common English abbreviation does not end a sentence. The
-    result joined by single spaces is the text.
-    """
-    text = " ".join(text.split())
-    found, start = [], 0
-    for match in _SENTENCE_END.finditer(text):
-        sentence = text[start : match.end()].rstrip()
-        if _ABBREVIATION.search(sentence):
-            continue
-        found.append(sentence)
-        start = match.end()
-    if text[start:]:
-        found.append(text[start:])
-    return found
-
-
-def split_text(text: str, max_words: int = 100) -> list[str]:
-    """Passages of at most `max_words` words (by white space) of whole sentences, as many as fit.
-
-    A sentence that alone is longer is cut at `max_words`.
-    """
-    if max_words < 1:
-        raise UserError(f"max_words is {max_words}: a passage needs at least one word")
-    passages: list[str] = []
-    current: list[str] = []
-    for sentence in sentences(text):
-        words = sentence.split()
-        if current and len(current) + len(words) > max_words:
-            passages.append(" ".join(current))
-            current = []
-        current += words
-        while len(current) > max_words:
-            passages.append(" ".join(current[:max_words]))
-            current = current[max_words:]
-    if current:
-        passages.append(" ".join(current))
-    return passages
 
 
 def markdown_sections(text: str, title: str = "") -> list[tuple[str, str]]:
@@ -95,7 +50,7 @@ def _records(path: Path, name: str) -> Iterator[tuple[str, str, str]]:
                 raise UserError(
                     f"{path}:{line}: a document needs 'text' (and may have 'title' and 'id'), strings"
                 )
-            yield str(record.get("id", f"{name}:{line}")), title, text
+            yield record_id(record, f"{name}:{line}", f"{path}:{line}"), title, text
         return
     with open_text(path) as file:
         text = file.read()
@@ -107,16 +62,21 @@ def _records(path: Path, name: str) -> Iterator[tuple[str, str, str]]:
         yield name, stem, text
 
 
-def _files(path: Path) -> list[tuple[Path, str]]:
-    """(file, its name inside the folder) of all documents at a path, sorted."""
+def _files(path: Path, left_out: Counter[str]) -> list[tuple[Path, str]]:
+    """(file, its name inside the folder) of all documents at a path, sorted; counts what it leaves out."""
     known = _TEXT + _MARKDOWN + _JSON
     known += tuple(suffix + ".gz" for suffix in known)
     if path.is_dir():
-        files = [
-            (file, file.relative_to(path).as_posix())
-            for file in sorted(path.rglob("*"))
-            if file.is_file() and file.name.lower().endswith(known)
-        ]
+        files = []
+        for file in sorted(path.rglob("*")):
+            if file.is_dir():
+                left_out["linked folders"] += file.is_symlink()
+            elif not file.is_file():
+                left_out["entries that are no files"] += 1
+            elif file.name.lower().endswith(known):
+                files.append((file, file.relative_to(path).as_posix()))
+            else:
+                left_out["files of other kinds"] += 1
         if not files:
             raise UserError(f"{path}: no document in the folder: it needs .txt, .md or .jsonl files")
         return files
@@ -132,22 +92,26 @@ def read_documents(path: str | Path, max_words: int = 100) -> Passages:
 
     Titles are a Markdown section's heading, a JSON record's `title`, or the file's name without its suffix.
     Ids are the document's (a JSON record's `id`, else the file's name, with the section or line), `#`, and
-    the number of the passage in it.
+    the number of the passage in it. What is left out is counted in one warning: files of other kinds, linked folders,
+    documents without text.
 
     Args:
       path: a folder (searched with all its sub-folders), or one .txt, .md or .jsonl file, plain or gzipped. A
-        JSON record has `text` (or `contents`), optional `title` and `id`.
+        JSON record has `text` (or `contents`), optional `title` and `id` (or `_id`).
       max_words: the longest passage, in words.
 
     Raises:
       UserError: nothing to read, unreadable text, bad JSON (file and line), an id that occurs twice.
     """
     path = Path(path)
+    left_out: Counter[str] = Counter()
     ids: dict[str, Path] = {}
-    titles, texts = [], []
-    for file, name in _files(path):
+    titles, texts, files = [], [], _files(path, left_out)
+    for file, name in files:
         for document, title, text in _records(file, name):
-            for number, passage in enumerate(split_text(text, max_words)):
+            parts = split_text(text, max_words)
+            left_out["documents without text"] += not parts
+            for number, passage in enumerate(parts):
                 passage_id = f"{document}#{number}"
                 if passage_id in ids:
                     raise UserError(
@@ -159,4 +123,7 @@ def read_documents(path: str | Path, max_words: int = 100) -> Passages:
                 texts.append(passage)
     if not texts:
         raise UserError(f"{path}: the corpus is empty: no document holds any text")
+    counts = ", ".join(f"{count} {kind}" for kind, count in left_out.items() if count)
+    if counts:
+        _LOG.warning("%s: %d documents were read; left out: %s.", path, len(files), counts)
     return Passages(list(ids), titles, texts)

@@ -14,11 +14,10 @@ import numpy as np
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluation.answers import has_answer
-from expertrag_jax.retrieval.corpus import Passages, Question
+from expertrag_jax.retrieval.corpus import HARD_NEGATIVES, Passages, Question
 from expertrag_jax.retrieval.protocol import ABSENT_ROW
 from expertrag_jax.retrieval.retriever import Retriever
 
-FIELD = "hard_negative_passage_ids"  # of a question's record
 _BATCH = 512  # questions searched at a time
 
 
@@ -72,7 +71,7 @@ def named_negatives(questions: Sequence[Question], passages: Passages, count: in
     row_of = passages.row_of()
     rows = np.full((len(questions), count), ABSENT_ROW, np.int32)
     for place, question in enumerate(questions):
-        for slot, name in zip(range(count), question.extra.get(FIELD, ())):
+        for slot, name in zip(range(count), question.extra.get(HARD_NEGATIVES, ())):
             if name not in row_of:
                 raise UserError(
                     f"question {question.id!r} names the hard negative {name!r}, which is not in the corpus: use the "
@@ -93,5 +92,5 @@ def write_questions(path: str | Path, questions: Sequence[Question], negatives: 
                 "gold_passage_ids": list(question.gold_passage_ids),
                 **question.extra,
             }
-            record[FIELD] = list(dict.fromkeys([*record.get(FIELD, ()), *names]))
+            record[HARD_NEGATIVES] = list(dict.fromkeys([*record.get(HARD_NEGATIVES, ()), *names]))
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

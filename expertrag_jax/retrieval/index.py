@@ -91,7 +91,7 @@ class LoadedIndex:
     @functools.cached_property
     def passages(self) -> Passages:
         """Ids, titles and texts, read when first asked for: training needs the tokens alone."""
-        return read_passages_tsv(self.directory / PASSAGES_NAME, memoryview(self.packed_passages))
+        return read_passages_tsv(self.directory / PASSAGES_NAME, memoryview(self.packed_passages), True)
 
     def __len__(self) -> int:
         return self.manifest.count

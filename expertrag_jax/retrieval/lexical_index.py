@@ -1,10 +1,10 @@
-"""The lexical index: BM25 over stemmed words (bm25s; Lù 2024, arXiv 2407.03618)."""
+"""The lexical index: BM25 over stemmed words (bm25s; Lù 2024, arXiv 2407.03618); ``words`` says what a word is."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,9 @@ import numpy as np
 from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.protocol import Queries, absent, require_texts
+from expertrag_jax.retrieval.words import without_accents, words_of
 
+_WORD_RULE = 2  # of `words.words_of`; 1 is bm25s's own: two or more letters or digits, not their marks
 _SETTINGS, _SEARCHER = "bm25.json", "bm25"
 
 
@@ -53,32 +55,31 @@ class LexicalIndex:
     ):
         self.settings: dict = {"k1": k1, "b": b, "language": language, "stopwords": stopwords}
         self._model: Any | None = None
+        self._word_rule = _WORD_RULE
 
-    def _words(self, texts: Sequence[str], return_ids: bool) -> Any:
-        stemmer = None
-        if self.settings["language"] is not None:
-            import Stemmer
-
-            try:
-                stemmer = Stemmer.Stemmer(self.settings["language"])
-            except KeyError:
-                raise UserError(
-                    f"no stemmer for language {self.settings['language']!r}: choose one of "
-                    f"{', '.join(Stemmer.algorithms())}"
-                ) from None
-        return _bm25s().tokenize(
-            list(texts),
-            stopwords=self.settings["stopwords"] or [],
-            stemmer=stemmer,
-            return_ids=return_ids,
-            show_progress=False,
-        )
+    def _words(self, texts: Sequence[str]) -> Any:
+        """bm25s's ``Tokenized``: per text the ids of its stems, and the id of each stem, in the order they occur in."""
+        language = self.settings["language"]
+        stem = None if language is None else _stemmer(language)
+        # Stemmers of other languages than English, and their stop words, are written with accents.
+        accents = language not in (None, "english")
+        options = {"stopwords": self.settings["stopwords"] or [], "stemmer": None, "show_progress": False}
+        if self._word_rule > 1:
+            texts = ["\n".join(words_of(text, accents)) for text in texts]
+            options |= {"lower": False, "token_pattern": r"[^\n]+"}
+        words = _bm25s().tokenize(list(texts), **options)
+        if stem is None:
+            return words
+        stems = stem(list(words.vocab))
+        if accents and self._word_rule > 1:
+            stems = [without_accents(word) for word in stems]
+        id_of = {word: number for number, word in enumerate(dict.fromkeys(stems))}
+        new_id = [id_of[word] for word in stems]
+        return type(words)(ids=[[new_id[old] for old in ids] for ids in words.ids], vocab=id_of)
 
     def build(self, passages: Passages, vectors: np.ndarray | None = None) -> LexicalIndex:
         """Index title and text of N passages; vectors are ignored. Returns self."""
-        words = self._words(
-            [f"{title} {text}" for title, text in zip(passages.titles, passages.texts)], return_ids=True
-        )
+        words = self._words([f"{title} {text}" for title, text in zip(passages.titles, passages.texts)])
         if not words.vocab or not any(words.ids):
             raise UserError("the corpus holds no words to index: lexical search needs texts or titles")
         self._model = _bm25s().BM25(k1=self.settings["k1"], b=self.settings["b"], method="lucene")
@@ -93,8 +94,10 @@ class LexicalIndex:
         rows, scores = absent(len(texts), k)
         if not len(texts):
             return rows, scores
-        for place, words in enumerate(self._words(texts, return_ids=False)):
-            ids = self._model.get_tokens_ids(words)
+        words = self._words(texts)
+        word_of = list(words.vocab)
+        for place, numbers in enumerate(words.ids):
+            ids = self._model.get_tokens_ids([word_of[number] for number in numbers])
             if ids:
                 found, values = _best(self._model.get_scores_from_ids(ids), k)
                 rows[place, : len(found)], scores[place, : len(found)] = found, values
@@ -103,15 +106,27 @@ class LexicalIndex:
     def save(self, directory: Path) -> None:
         """Write settings, bm25s's arrays (npy) and its vocabulary (JSON)."""
         directory = Path(directory)
-        (directory / _SETTINGS).write_text(json.dumps(self.settings))
+        (directory / _SETTINGS).write_text(json.dumps(self.settings | {"word_rule": self._word_rule}))
         self._model.save(directory / _SEARCHER, allow_pickle=False, show_progress=False)
 
     def load(self, directory: Path, vectors: np.ndarray | None = None) -> LexicalIndex:
         """Read what `save` wrote, arrays memory-mapped. Returns self."""
         directory = Path(directory)
         self.settings = json.loads((directory / _SETTINGS).read_text())
+        self._word_rule = self.settings.pop("word_rule", 1)
         self._model = _bm25s().BM25.load(directory / _SEARCHER, mmap=True, allow_pickle=False)
         return self
+
+
+def _stemmer(language: str) -> Callable[[list[str]], list[str]]:
+    """Stems of words; UserError for a language that has no stemmer."""
+    import Stemmer
+
+    try:
+        return Stemmer.Stemmer(language).stemWords
+    except KeyError:
+        known = ", ".join(Stemmer.algorithms())
+        raise UserError(f"no stemmer for language {language!r}: choose one of {known}") from None
 
 
 def _best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

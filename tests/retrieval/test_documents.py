@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from expertrag_jax.errors import UserError
-from expertrag_jax.retrieval.documents import markdown_sections, read_documents, sentences, split_text
+from expertrag_jax.retrieval.documents import markdown_sections, read_documents
+from expertrag_jax.retrieval.splitting import sentences, split_text
 
 
 def test_sentences_end_where_readers_end_them():

@@ -9,8 +9,8 @@ from expertrag_jax.data.pipeline import Pipeline
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.corpus import Passages, Question, write_passages_tsv
-from expertrag_jax.retrieval.documents import sentences
 from expertrag_jax.retrieval.index import make_index, write_index
+from expertrag_jax.retrieval.splitting import sentences
 from expertrag_jax.vocabulary import train_vocabulary
 from tasks.inverse_cloze import draw_pairs, register_inverse_cloze
 from tasks.relevant_passages import hard_negatives, register_relevant_passages

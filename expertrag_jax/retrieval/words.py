@@ -1,0 +1,71 @@
+"""The words by which a text is found: one rule for passages and questions, in any script and any Unicode form.
+
+1. Compatibility forms become plain ones (NFKC), and capitals become small letters (full case folding). Characters that
+   cannot be seen, such as soft hyphens and joiners, are removed. So are accents and the vowel points of Arabic and
+   Hebrew: "beyonce" finds "Beyoncé", composed or not. Signs that a script cannot do without stay.
+2. A comma between groups of three digits is removed: "1,000" is "1000". So are full stops between single letters
+   ("U.S." is "us") and the endings "'s" and "'t".
+3. A word is a run of letters, marks and digits, of any length: "x" and "7" are words, "don't" is "don", and "3.14" is
+   "3" and "14".
+4. A run in a script without blanks between words (Han, kana, Hangul, Thai, Khmer and others) becomes its characters and
+   its pairs of neighbouring characters. A dictionary cuts such a run by what stands around a word: it may find
+   "北京大学" in a passage and "大学" in the question. With pairs, every word of a passage finds it.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+import regex
+
+_UNSEEN = regex.compile(r"[\p{Cf}\p{Variation_Selector}--\u200b]", regex.V1)  # U+200B stands between words
+_THOUSANDS = regex.compile(r"(?<=\p{Nd}),(?=\p{Nd}{3}(?!\p{Nd}))")
+_ACRONYM = regex.compile(r"(?<![\p{L}\p{N}])\p{L}(?:\.\p{L})+(?![\p{L}\p{N}])")
+_ENDING = regex.compile(r"(?<=\p{L})['’ʼ][st](?![\p{L}\p{N}])")
+_RUN = regex.compile(r"[\p{L}\p{M}\p{N}]+")
+WITHOUT_BLANKS = "".join(rf"\p{{Line_Break={name}}}" for name in ("SA", "ID", "CJ", "NS", "H2", "H3", "JL", "JV", "JT"))
+"""Characters of scripts without blanks, inside a class of `regex`: Unicode's line breaking classes (UAX #14) of complex
+context, ideographs, kana and Hangul."""
+_PART_WITHOUT_BLANKS = regex.compile(rf"[{WITHOUT_BLANKS}][{WITHOUT_BLANKS}\p{{M}}]*")
+_PART = regex.compile(rf"{_PART_WITHOUT_BLANKS.pattern}|(?:(?![{WITHOUT_BLANKS}]).)+")
+_CHARACTER = regex.compile(r"\X")
+
+
+def words_of(text: str, accents: bool = False) -> list[str]:
+    """The words of a text by the rule above, repeated as they occur; texts that are equal in NFKC have equal words.
+
+    Args:
+      text: of any length.
+      accents: whether to keep them, for a stemmer that needs them.
+    """
+    if text.isascii():
+        return _RUN.findall(_simplified(text.lower()))
+    text = _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+    text = unicodedata.normalize("NFKC", text.casefold())
+    words = []
+    for run in _RUN.findall(_simplified(text if accents else without_accents(text))):
+        for part in [run] if run.isascii() else _PART.findall(run):
+            words += _characters_and_pairs(part) if _PART_WITHOUT_BLANKS.match(part) else [part]
+    return words
+
+
+def _simplified(text: str) -> str:
+    text = _ACRONYM.sub(lambda match: match.group().replace(".", ""), text)
+    return _ENDING.sub("", _THOUSANDS.sub("", text))
+
+
+def without_accents(text: str) -> str:
+    """The text without the marks that people leave out; composed (NFC)."""
+    decomposed = unicodedata.normalize("NFD", text)
+    return unicodedata.normalize("NFC", "".join(char for char in decomposed if not _is_optional_mark(char)))
+
+
+def _is_optional_mark(char: str) -> bool:
+    """Whether people leave this mark out: a point of Hebrew or Arabic (combining classes 10 to 36) or an accent."""
+    combining = unicodedata.combining(char)
+    return 10 <= combining <= 36 or combining >= 200
+
+
+def _characters_and_pairs(part: str) -> list[str]:
+    characters = _CHARACTER.findall(part)
+    return characters + [first + second for first, second in zip(characters, characters[1:])]

@@ -1,0 +1,136 @@
+"""Data are read whole or refused with their line, and what is left out is counted: nothing is lost without a word."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from expertrag_jax.errors import UserError
+from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv, read_questions_jsonl, write_passages_tsv
+from expertrag_jax.retrieval.documents import read_documents
+from expertrag_jax.retrieval.splitting import sentences, split_text
+
+
+def write(folder, content, name):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ('1\t"Blue heron is a boat.\tBoats\n2\tThe mayor of Wexo" signed.\tCanal\n', ":1: .*closed on line 2"),
+        ('1\t"Blue heron.\tBoats\n2\tSaid the mayor of Wexo"\tCanal\n', ":1: .*closed on line 2"),
+        ('1\t"A.\tB\n2\tC.\tD\n3\tE" F.\tG\n', ":1: .*closed on line 3"),
+        ('0\tx\ty\n1\ttext\t"Title\n2\ttext\ttitle\n', ":2: .*never closed"),
+        ('0\tx\ty\n1\ttext\t"Title\n', ":2: .*never closed"),
+        ('0\tx\ty\n1\t"text\ttitle\n', ":2: .*never closed"),
+        ('1\t"A ""quoted"" b.\tB\n2\tC" d.\tD\n', ":1: .*closed on line 2"),
+    ],
+)
+def test_quotes_that_take_in_other_rows_are_refused(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        read_passages_tsv(write(tmp_path, rows, "p.tsv"))
+
+
+@pytest.mark.parametrize(
+    "rows, texts",
+    [
+        ('1\t"Hamlet" is a play.\tHamlet\n', ["Hamlet is a play."]),  # as DPR's reader has it
+        ('1\tIt is 5" long.\tRuler\n', ['It is 5" long.']),
+        ('1\t"He said ""no"". "\tT\n2\tb\tT\n', ['He said "no". ', "b"]),
+        ('1\t"two\nlines"\tT\n2\tb\tT\n', ["two\nlines", "b"]),
+        ('1\t"a\tb"\tT\n', ["a\tb"]),
+        ('1\t"a\tb\tc\nd"\tT\n', ["a\tb\tc\nd"]),
+        ("\ufeff1\ta\tT\r\n2\tb\tT\r\n", ["a", "b"]),
+    ],
+)
+def test_quotes_that_were_read_rightly_still_are(tmp_path, rows, texts):
+    assert read_passages_tsv(write(tmp_path, rows, "p.tsv")).texts == texts
+
+
+def test_the_passages_of_an_index_may_look_like_rows(tmp_path):
+    passages = Passages(["1", "2"], ["T", "U"], ["Blue heron.\tBoats\n2\tSaid the mayor", "x"])
+    write_passages_tsv(passages, tmp_path / "p.tsv.gz")
+    assert read_passages_tsv(tmp_path / "p.tsv.gz", written_here=True).texts == passages.texts
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("苍鹭是一种水鸟。它在湿地！「好。」他说了？是的。", "苍鹭是一种水鸟。|它在湿地！|「好。」|他说了？|是的。"),
+        ("यह एक है। दूसरा वाक्य॥ तीसरा", "यह एक है।|दूसरा वाक्य॥|तीसरा"),
+        ("هل هذا؟ نعم۔ لا", "هل هذا؟|نعم۔|لا"),
+        ("ሰላም። እንዴት ነህ፧ እሺ", "ሰላም።|እንዴት ነህ፧|እሺ"),
+        ("It cost 3.5 pounds. Dr. No paid!", "It cost 3.5 pounds.|Dr. No paid!"),
+    ],
+)
+def test_sentences_end_in_every_script(text, wanted):
+    assert sentences(text) == wanted.split("|")
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "苍鹭是一种栖息在湿地的大型水鸟，由林奈命名。",
+        "富士山は日本の山である。",
+        "ภาษาไทยเป็นภาษา",
+        "서울은 수도이다. ",
+        "A" * 999 + ". ",
+    ],
+)
+def test_passages_are_bounded_in_every_script(sentence):
+    passages = split_text(sentence * 60, 100)
+    assert len(passages) > 2 and max(len(passage) for passage in passages) <= 510
+    assert "".join(passages).replace(" ", "") == (sentence * 60).replace(" ", "")
+
+
+def test_what_a_folder_of_documents_leaves_out_is_counted(tmp_path, caplog):
+    folder, other = tmp_path / "docs", tmp_path / "other"
+    folder.mkdir(), other.mkdir()
+    for place, content in (("a.txt", "Text."), ("b.txt", " \n"), ("c.pdf", "x"), ("d.doc", "x")):
+        write(folder, content, place)
+    write(other, "Elsewhere.", "e.txt")
+    (folder / "linked").symlink_to(other)
+    with caplog.at_level(logging.WARNING):
+        assert read_documents(folder).texts == ["Text."]
+    (line,) = caplog.messages
+    assert "2 documents were read" in line
+    assert all(part in line for part in ("2 files of other kinds", "1 linked folders", "1 documents without text"))
+
+
+@pytest.mark.parametrize(
+    "record, name",
+    [
+        ('{"_id": "q7", "question": "a"}', "q7"),
+        ('{"_id": "q7", "id": "k1", "question": "a"}', "k1"),
+        ('{"id": null, "_id": 7, "question": "a"}', "7"),
+        ('{"id": null, "question": "a"}', "0"),
+        ('{"id": 0, "question": "a"}', "0"),
+    ],
+)
+def test_ids_are_read_under_both_names(tmp_path, record, name):
+    assert read_questions_jsonl(write(tmp_path, record, "q.jsonl"), False)[0].id == name
+    document = write(tmp_path, record.replace('"question"', '"text"'), "d.jsonl")
+    assert read_documents(document).ids == [f"{name}#0" if name != "0" or ": 0" in record else "d.jsonl:1#0"]
+
+
+def test_several_ids_of_null_are_distinct(tmp_path):
+    path = write(tmp_path, '{"id": null, "question": "a"}\n' * 2, "q.jsonl")
+    assert [question.id for question in read_questions_jsonl(path, False)] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ('{"question": "a", "hard_negative_passage_ids": "p3"}', "'hard_negative_passage_ids' must be a list"),
+        ('{"question": "a", "gold_passage_ids": "p3"}', "'gold_passage_ids' must be a list of strings"),
+        ('{"question": "a", "id": [1]}', "'id' must be a string or a number"),
+        ('{"question": "a", "_id": true}', "'_id' must be a string or a number"),
+    ],
+)
+def test_fields_of_another_type_are_refused(tmp_path, record, message):
+    with pytest.raises(UserError, match=f"q.jsonl:1: {message}"):
+        read_questions_jsonl(write(tmp_path, record, "q.jsonl"), False)
