@@ -75,8 +75,8 @@ def test_recall_on_wikipedia():
     data = os.environ["EXPERTRAG_DATA"]
     passages = read_passages_tsv(os.path.join(data, "wiki", "passages.tsv.gz"))
     index = make_index("bm25").build(passages)
-    for name, wanted in (("squad_new_wiki_dev", (0.70, 0.88, 0.94)), ("nq_gold_dev", (0.56, 0.79, 0.88))):
+    for name, wanted in (("squad_new_wiki_dev", (0.694, 0.877, 0.945)), ("nq_gold_dev", (0.581, 0.791, 0.890))):
         questions = read_questions_jsonl(os.path.join(data, "qa", f"{name}.jsonl.gz"))
         rows, _ = index.search(Queries(texts_of(questions)), 20)
         recall = recall_at_k(rows, gold_rows(questions, passages), (1, 5, 20))
-        np.testing.assert_allclose(list(recall.values()), wanted, atol=0.01)
+        np.testing.assert_allclose(list(recall.values()), wanted, atol=0.005)
