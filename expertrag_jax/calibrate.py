@@ -11,7 +11,7 @@ from pathlib import Path
 from expertrag_jax import gate_training, launch
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluate import answer_both, read_questions
-from expertrag_jax.evaluation.answers import SCORERS
+from expertrag_jax.evaluation.answers import check_rule
 from expertrag_jax.service import service_from_model
 from expertrag_jax.trained_model import GATE_FILE, open_model
 
@@ -20,7 +20,7 @@ FLAGS = {
     "--questions": ("questions", "JSON lines with question and answers, for validation"),
     "--checkpoint_path": ("checkpoint_path", "one of the model's checkpoints, in place of the newest"),
     "--index_dir": ("index_dir", "index to search, in place of the training's"),
-    "--rule": ("rule", "how answers are scored: squad1, squad2, hotpot or kilt"),
+    "--rule": ("rule", "how answers are scored: squad1, squad2, hotpot, kilt or regex"),
     "--price": ("price", "accuracy that a retrieval must be worth, a fraction, in place of the training's"),
     "--budget": ("budget", "highest fraction of these questions that may retrieve (default: 1)"),
     "--overwrite": ("overwrite", "replace an earlier calibration"),
@@ -48,11 +48,10 @@ def calibrate(
     Raises:
       UserError: bad input, or an earlier calibration and no ``overwrite``.
     """
-    if rule not in SCORERS:
-        raise UserError(f"--rule={rule} is unknown: choose one of {', '.join(SCORERS)}.")
+    check_rule(rule)
     if (Path(model_dir) / GATE_FILE).exists() and not overwrite:
         raise UserError(f"{Path(model_dir) / GATE_FILE} exists: nothing was overwritten; add --overwrite.")
-    asked = read_questions(questions, None, "")
+    asked = read_questions(questions, None, "", rule)
     model = open_model(model_dir, checkpoint_path, calibrated=False)
     if "gate" not in model.params:
         raise UserError(f"{model_dir} holds a {type(model.system).__name__}: it has no gate to calibrate.")

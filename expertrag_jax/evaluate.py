@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from expertrag_jax import comparison, launch
 from expertrag_jax.errors import UserError
-from expertrag_jax.evaluation.answers import SCORERS, has_answer
+from expertrag_jax.evaluation.answers import check_rule, has_answer, score
 from expertrag_jax.evaluation.report import EditionResult, build_report, write_report
 from expertrag_jax.evaluation.table import print_report
 from expertrag_jax.infer import write_records
@@ -27,6 +27,7 @@ from expertrag_jax.retrieval.metrics import gold_rows, recall_at_k
 from expertrag_jax.service import Service, service_from_model
 from expertrag_jax.trained_model import Model, open_model
 from expertrag_jax.training.log import expert_load, losses_by_phase
+from expertrag_jax.vocabulary import Vocabulary
 
 FLAGS = {
     "--model_dir": ("model_dir", "folder of the trained model"),
@@ -35,7 +36,7 @@ FLAGS = {
     "--checkpoint_path": ("checkpoint_path", "one of the model's checkpoints, in place of the newest"),
     "--index_dir": ("index_dir", "index to search, in place of the training's"),
     "--num_passages": ("num_passages", "passages read per question that retrieves"),
-    "--rule": ("rule", "how answers are scored: squad1, squad2, hotpot or kilt"),
+    "--rule": ("rule", "how answers are scored: squad1, squad2, hotpot, kilt or regex"),
     "--overwrite": ("overwrite", "replace a report that is there"),
 }
 MACROS = ("MODEL_DIR", "EVAL_OUTPUT_DIR", "CHECKPOINT_PATH", "INDEX_DIR", "NUM_PASSAGES", "RANDOM_SEED")
@@ -80,20 +81,20 @@ def evaluate(
     start = time.monotonic()
     if not model_dir:
         raise UserError("give --model_dir, the folder of the trained model.")
-    if rule not in SCORERS:
-        raise UserError(f"--rule={rule} is unknown: choose one of {', '.join(SCORERS)}.")
+    check_rule(rule)
     directory = Path(output_dir or Path(model_dir) / "evaluation")
     check_output_dir(directory, overwrite)
-    asked = read_questions(questions, task, split)
+    asked = read_questions(questions, task, split, rule)
     model = open_model(model_dir, checkpoint_path, num_passages=num_passages, buckets=buckets)
     service = service_from_model(model, "gate", index_dir)
     if service.answerer.retriever is None:
         raise UserError("this system reads no passages, so there is no gate to evaluate: use `expertrag infer`.")
+    gold = gold_rows(asked, service.answerer.retriever.loaded.passages)
     arms = answer_both(service, asked, rule)
     timing, policies = time_policies(service, asked, arms, throughput_questions, latency_questions, rounds, seed)
     tokens = service.tokenise(asked)
     results = comparison.policy_results(service.answerer, tokens, arms, policies, timing)
-    retrieval = measure_retrieval(service, asked)
+    retrieval = measure_retrieval(service, asked, gold, rule)
     edition = EditionResult(
         policies=results,
         p_ret=arms.p_ret,
@@ -114,6 +115,7 @@ def evaluate(
     )  # fmt: skip
     add_scores(report, arms, results, model, asked, rule)
     report["retrieval"] = retrieval
+    report["unwritable"] = count_unwritable(model.reader_vocabulary, asked, rule)
     write_report(report, directory)
     write_records(directory / "predictions.jsonl", predictions(service, asked, arms, results))
     show(report, directory)
@@ -128,15 +130,22 @@ def check_output_dir(directory: Path, overwrite: bool) -> None:
         raise UserError(f"{directory} holds a report: nothing was overwritten; use --output_dir or --overwrite.")
 
 
-def read_questions(path: str | None, task: Any, split: str) -> list[Question]:
-    """The questions of a file or of a task; UserError unless exactly one of them is given."""
+def read_questions(path: str | None, task: Any, split: str, rule: str) -> list[Question]:
+    """The questions of a file or of a task, with answers that the rule can read; SQuAD 2.0's may have none.
+
+    Raises:
+      UserError: both or neither is given, or the questions or their answers cannot be read.
+    """
     if (path is None) == (task is None):
         raise UserError("give either --questions, a file of JSON lines, or evaluate.task in a gin file.")
     if path is not None:
-        return read_questions_jsonl(path)
-    from expertrag_jax.data.question_tasks import read_task_questions  # loads TensorFlow
+        asked = read_questions_jsonl(path, require_answers=rule != "squad2")
+    else:
+        from expertrag_jax.data.question_tasks import read_task_questions  # loads TensorFlow
 
-    return read_task_questions(task, split)
+        asked = read_task_questions(task, split)
+    check_rule(rule, (question.answers for question in asked))
+    return asked
 
 
 def answer_both(service: Service, asked: Sequence[Question], rule: str) -> comparison.Arms:
@@ -146,7 +155,7 @@ def answer_both(service: Service, asked: Sequence[Question], rule: str) -> compa
 
     def correct(answer_tokens, rows):
         texts = [service.reader_vocabulary.decode(answer) for answer in answer_tokens.tolist()]
-        return np.array([SCORERS[rule](text, asked[row].answers)["em"] == 1 for text, row in zip(texts, rows)])
+        return np.array([score(rule, text, asked[row].answers)["em"] == 1 for text, row in zip(texts, rows)])
 
     with tqdm(total=2 * len(asked), desc="answer", unit="question") as bar:
         return comparison.run_arms(service.answerer, tokens, correct, bar.update)
@@ -166,18 +175,22 @@ def time_policies(service, asked, arms, throughput_questions, latency_questions,
     return timing, policies
 
 
-def measure_retrieval(service: Service, asked: Sequence[Question]) -> dict[str, Any]:
+def measure_retrieval(
+    service: Service, asked: Sequence[Question], gold: Sequence[set[int]], rule: str
+) -> dict[str, Any]:
     """R@k against gold passages, and the share of questions with an answer among the first k passages.
 
-    ``recall_at_k`` is R@K of the K passages that are read; figures that nothing is known for are absent.
+    ``recall_at_k`` is R@K of the K passages that are read; figures that nothing is known for are absent. ``gold`` holds
+    the rows of each question's gold passages.
     """
     retriever, settings = service.answerer.retriever, service.settings
     passages = retriever.loaded.passages
-    cuts = sorted({k for k in (*CUTS, settings.num_passages) if k <= len(passages)})
+    read = min(settings.num_passages, len(passages))
+    cuts = sorted({k for k in (*CUTS, read) if k <= len(passages)})
     tokens = service.tokenise(asked)
     rows = retriever.retrieve(texts_of(asked), tokens.query_tokens, cuts[-1]).rows
     holds = np.array([
-        [row >= 0 and has_answer(passages.texts[row], question.answers) for row in found]
+        [row >= 0 and has_answer(passages.texts[row], question.answers, rule) for row in found]
         for question, found in zip(asked, rows.tolist())
     ])  # fmt: skip
     figures: dict[str, Any] = {
@@ -186,11 +199,10 @@ def measure_retrieval(service: Service, asked: Sequence[Question]) -> dict[str, 
     }
     known = [place for place, question in enumerate(asked) if question.gold_passage_ids]
     if known:
-        gold = gold_rows([asked[place] for place in known], passages)
-        recall = recall_at_k(rows[known], gold, cuts)
+        recall = recall_at_k(rows[known], [gold[place] for place in known], cuts)
         figures["questions_with_gold_passages"] = len(known)
         figures["recall"] = {str(k): value for k, value in recall.items()}
-        figures["recall_at_k"] = recall[settings.num_passages]
+        figures["recall_at_k"] = recall[read]
     return figures
 
 
@@ -198,14 +210,28 @@ def add_scores(report, arms, results, model: Model, asked: Sequence[Question], r
     """Adds every score of the rule but exact match, such as F1, to the report's policies."""
     decode = model.reader_vocabulary.decode
     scored = [
-        [SCORERS[rule](decode(tokens), question.answers) for tokens, question in zip(arm.tokens.tolist(), asked)]
+        [score(rule, decode(tokens), question.answers) for tokens, question in zip(arm.tokens.tolist(), asked)]
         for arm in (arms.never, arms.always)
     ]
     for name, result in results.items():
-        for score in scored[0][0]:
-            without, with_evidence = (np.array([each[score] for each in arm]) for arm in scored)
+        for figure in scored[0][0]:
+            without, with_evidence = (np.array([scores[figure] for scores in arm]) for arm in scored)
             mean = float(np.where(result.retrieve, with_evidence, without).mean())
-            report["editions"][EDITION]["policies"][name].setdefault(score, mean)
+            report["editions"][EDITION]["policies"][name].setdefault(figure, mean)
+
+
+def count_unwritable(vocabulary: Vocabulary, asked: Sequence[Question], rule: str) -> dict[str, int]:
+    """How many references the vocabulary has no pieces for, and how many questions have no other.
+
+    Nothing is counted for the rule ``regex``, whose answers are patterns.
+    """
+    if rule == "regex":
+        return {"references": 0, "questions": 0}
+    writes = [[vocabulary.writes(answer) for answer in question.answers] for question in asked]
+    return {
+        "references": sum(row.count(False) for row in writes),
+        "questions": sum(bool(row) and not any(row) for row in writes),
+    }
 
 
 def predictions(service, asked, arms, results) -> list[dict[str, Any]]:
@@ -238,6 +264,11 @@ def show(report: dict[str, Any], directory: Path) -> None:
         if cuts:
             words = {"recall": "R@", "answer_in_first": "answer in first "}[name]
             print(", ".join(f"{words}{k} {value:.3f}" for k, value in cuts.items()))
+    if (unwritable := report["unwritable"])["references"]:
+        print(
+            f"{unwritable['references']} references hold characters that the reader's vocabulary lacks; "
+            f"{unwritable['questions']} questions have no other"
+        )
     print(f"report: {directory / 'report.html'}", flush=True)
 
 

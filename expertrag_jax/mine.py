@@ -13,8 +13,10 @@ import numpy as np
 from expertrag_jax import launch
 from expertrag_jax.encoders import load_encoder, open_retriever
 from expertrag_jax.errors import UserError
+from expertrag_jax.evaluation.answers import check_rule
 from expertrag_jax.retrieval.corpus import read_questions_jsonl, texts_of
 from expertrag_jax.retrieval.hard_negatives import mine_hard_negatives, write_questions
+from expertrag_jax.retrieval.metrics import gold_rows
 
 FLAGS = {
     "--questions": ("questions", "JSON lines with question, answers and gold_passage_ids"),
@@ -23,6 +25,7 @@ FLAGS = {
     "--retriever": ("retriever", "MODEL_DIR of the dual encoder, where the index searches by vectors"),
     "--num_negatives": ("num_negatives", "negatives per question"),
     "--candidates": ("candidates", "passages searched per question"),
+    "--rule": ("rule", "how an answer is found in a passage: squad1 (its words), or regex"),
     "--overwrite": ("overwrite", "replace a file that is there"),
 }
 MACROS = ("INDEX_DIR",)
@@ -36,6 +39,7 @@ def mine(
     retriever: str | None = None,
     num_negatives: int = 1,
     candidates: int = 100,
+    rule: str = "squad1",
     overwrite: bool = False,
 ) -> Path:
     """Mines negatives and writes them; see ``retrieval.hard_negatives.mine_hard_negatives``.
@@ -52,10 +56,12 @@ def mine(
     if num_negatives < 1 or candidates < num_negatives:
         raise UserError(f"--num_negatives={num_negatives} must be from 1 up to --candidates={candidates}.")
     asked = read_questions_jsonl(questions)
+    check_rule(rule, (question.answers for question in asked))
     encoder = None if retriever is None else load_encoder(retriever)
     opened = open_retriever(index_dir, encoder)
+    gold_rows(asked, opened.loaded.passages)  # refuses questions of another corpus
     tokens = encoder.tokenise(texts_of(asked)) if opened.loaded.index.needs_vectors else None
-    rows = mine_hard_negatives(opened, asked, num_negatives, tokens, candidates)
+    rows = mine_hard_negatives(opened, asked, num_negatives, tokens, candidates, rule)
     names = [[opened.loaded.passages.ids[row] for row in found if row >= 0] for found in rows.tolist()]
     place.parent.mkdir(parents=True, exist_ok=True)
     write_questions(place, asked, names)

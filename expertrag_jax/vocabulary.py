@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Iterable, Sequence
 
@@ -17,6 +18,9 @@ from expertrag_jax.errors import UserError
 PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
+_SENTENCE_BYTES = 4192  # SentencePiece's default of max_sentence_length
+_UNK_CHARACTER = "\u2585"
+_LOG = logging.getLogger(__name__)
 
 
 class Vocabulary:
@@ -68,6 +72,10 @@ class Vocabulary:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of every text."""
         return self._processor.encode(list(texts))
+
+    def writes(self, text: str) -> bool:
+        """Whether the vocabulary has pieces for all of a text."""
+        return UNK_ID not in self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to the first EOS; padding is skipped.
@@ -132,9 +140,12 @@ def train_vocabulary(
     Raises:
       UserError: no sentences, or a size that cannot hold the characters.
     """
-    texts = [text for text in sentences if text.strip()]
+    # SentencePiece drops sentences of more bytes than max_sentence_length, and those that hold the character of <unk>.
+    texts = [text.replace(_UNK_CHARACTER, " ") for text in sentences if text.strip()]
     if not texts:
         raise UserError("there are no sentences to train a vocabulary on; give a corpus that is not empty.")
+    if len(texts) > max_sentences:
+        _LOG.warning("the vocabulary is trained on a sample of %d of %d texts", max_sentences, len(texts))
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(seed)
     try:
@@ -153,6 +164,7 @@ def train_vocabulary(
             input_sentence_size=max_sentences,
             shuffle_input_sentence=len(texts) > max_sentences,
             num_threads=1,  # the order of floating-point sums, hence the model, depends on it
+            max_sentence_length=max(_SENTENCE_BYTES, max(len(text.encode()) for text in texts)),
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:

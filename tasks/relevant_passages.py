@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,7 @@ import tensorflow as tf
 from expertrag_jax.data.question_tasks import register
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
+from expertrag_jax.evaluation.answers import check_rule
 from expertrag_jax.retrieval.corpus import Passages, Question, read_passages_tsv, read_questions_jsonl
 from expertrag_jax.retrieval.hard_negatives import mine_hard_negatives, named_negatives
 from expertrag_jax.retrieval.index import open_index
@@ -19,6 +21,7 @@ from expertrag_jax.retrieval.metrics import gold_rows
 from expertrag_jax.retrieval.retriever import Retriever
 from tasks.inverse_cloze import pair_record, retriever_task
 
+_LOG = logging.getLogger(__name__)
 Paths = str | os.PathLike | Mapping[str, str | os.PathLike]
 _CANDIDATES = 30  # searched per question: the best of them that hold no answer are hard negatives
 
@@ -30,6 +33,7 @@ def register_relevant_passages(
     name: str = "relevant_passages",
     negatives_from: str | os.PathLike | None = None,
     num_negatives: int = 1,
+    rule: str = "squad1",
 ) -> seqio.Task:
     """Registers the task over files of questions with ``gold_passage_ids``; questions without are left out.
 
@@ -42,19 +46,24 @@ def register_relevant_passages(
         passage and hold no answer are hard negatives of questions whose record names none
         (``hard_negative_passage_ids``, see `expertrag mine`). None: those have in-batch negatives alone.
       num_negatives: per question.
+      rule: how an answer is found in a passage: its words ("squad1") or as a regular expression ("regex").
 
     Returns:
       The task. Reading it raises UserError for bad files, a gold passage that the corpus lacks, or questions
       without any gold passage.
     """
     paths = dict(path) if isinstance(path, Mapping) else {"train": path}
-    read = _Source(paths, corpus, negatives_from, num_negatives)
+    read = _Source(paths, corpus, negatives_from, num_negatives, rule)
     source = seqio.FunctionDataSource(read, splits=tuple(paths))
     return register(retriever_task(name, source, vocabularies))
 
 
 def hard_negatives(
-    questions: Sequence[Question], passages: Passages, index_dir: str | os.PathLike, count: int
+    questions: Sequence[Question],
+    passages: Passages,
+    index_dir: str | os.PathLike,
+    count: int,
+    rule: str = "squad1",
 ) -> np.ndarray:
     """Rows [N, count] int32 of passages that look right and are not; -1 where there are too few.
 
@@ -69,7 +78,7 @@ def hard_negatives(
         )
     if loaded.manifest.corpus_digest != passages.digest:
         raise UserError(f"the index {index_dir} is of another corpus: build it again from this one.")
-    return mine_hard_negatives(Retriever(loaded), questions, count, candidates=_CANDIDATES)
+    return mine_hard_negatives(Retriever(loaded), questions, count, candidates=_CANDIDATES, rule=rule)
 
 
 class _Source:
@@ -77,8 +86,8 @@ class _Source:
 
     __name__ = "relevant_passages"
 
-    def __init__(self, paths, corpus, negatives_from, num_negatives):
-        self._paths, self._corpus = paths, corpus
+    def __init__(self, paths, corpus, negatives_from, num_negatives, rule):
+        self._paths, self._corpus, self._rule = paths, corpus, rule
         self._negatives_from, self._num_negatives = negatives_from, num_negatives
         self._fields: dict[str, dict] = {}
 
@@ -93,6 +102,9 @@ class _Source:
         known = [place for place, question in enumerate(everything) if question.gold_passage_ids]
         if not known:
             raise UserError(f"{path}: no question has gold_passage_ids, which training a retriever needs")
+        if len(known) < len(everything):
+            left_out = len(everything) - len(known)
+            _LOG.warning("%s: %d of %d questions have no gold passages: left out", path, left_out, len(everything))
         questions = [everything[place] for place in known]
         passages = read_passages_tsv(self._corpus)
         rows = [[min(gold)] for gold in gold_rows(questions, passages)]
@@ -100,7 +112,10 @@ class _Source:
         lacking = np.flatnonzero((negatives < 0).all(-1))
         if self._negatives_from is not None and len(lacking):
             without = [questions[place] for place in lacking]
-            negatives[lacking] = hard_negatives(without, passages, self._negatives_from, self._num_negatives)
+            check_rule(self._rule, (question.answers for question in without))
+            negatives[lacking] = hard_negatives(
+                without, passages, self._negatives_from, self._num_negatives, self._rule
+            )
         if (negatives >= 0).any():
             # Where there are too few the positive fills up: the loss takes equal passages for no negatives.
             filled = np.where(negatives < 0, np.array(rows), negatives)

@@ -1,24 +1,30 @@
-"""Was the answer right: the scoring rules of SQuAD 1.1, SQuAD 2.0, HotpotQA and KILT, and DPR's
+"""Was the answer right: the scoring rules of SQuAD 1.1, SQuAD 2.0, HotpotQA and KILT, regular expressions, and DPR's
 ``has_answer``.
 
 The rules share one normalisation and differ at its edges: answers that normalise to nothing, yes and no, and
 the empty prediction. Scores are fractions of 1, the best over the accepted answers.
 
-================
-============================================================================================== ``squad1``
-  Rajpurkar et al. 2016. An empty normalised answer can match exactly, but its F1 is 0. ``squad2``
-  Rajpurkar et al. 2018. Answers that normalise to nothing are dropped; with none left the question
-                  is unanswerable and only an (effectively) empty prediction is right, EM and F1.
-``hotpot``        Yang et al. 2018. As squad1, but F1 is 0 when either side is yes, no or noanswer and they
-differ. ``kilt``          Petroni et al. 2021. The prediction is stripped, and an empty one scores 0. Adds
-``accuracy`` (equal
-                  without normalisation) and ``rougel`` (no normalisation either).
-================
-==============================================================================================
+``squad1``
+    Rajpurkar et al. 2016. An empty normalised answer can match exactly, but its F1 is 0.
+``squad2``
+    Rajpurkar et al. 2018. Answers that normalise to nothing are dropped; with none left the question is unanswerable
+    and only an (effectively) empty prediction is right, EM and F1.
+``hotpot``
+    Yang et al. 2018. As squad1, but F1 is 0 when either side is yes, no or noanswer and they differ.
+``kilt``
+    Petroni et al. 2021. The prediction is stripped, and an empty one scores 0. Adds ``accuracy`` (equal without
+    normalisation) and ``rougel`` (no normalisation either).
+``regex``
+    The answers are regular expressions, as CuratedTrec has them (Karpukhin et al. 2020): one that is found anywhere in
+    the text is right, ignoring case.
+
+A vocabulary writes text in one form only, and "m\u00b2" comes back as "m2". So what a reader predicts is compared by
+``score``, which brings both sides into that form; the rules themselves are the official ones.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 import unicodedata
@@ -27,9 +33,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import regex
 
+from expertrag_jax.errors import UserError
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+_BLANK = regex.compile(r"[\u061c\u200b\u200c\u200e\u200f\u2581\ufeff\ufffd]")
+_UNSEEN = regex.compile(r"[\p{Cf}\x7f\x8f\x9f]")
+_SECONDS = 2.0  # that a regular expression may search a passage
 _CLOSED_ANSWERS = ("yes", "no", "noanswer")
 
 
@@ -86,28 +97,48 @@ def kilt(prediction: str, answers: Sequence[str]) -> dict[str, float]:
     return scores if prediction else dict.fromkeys(scores, 0.0)
 
 
+def regular_expression(prediction: str, answers: Sequence[str]) -> dict[str, float]:
+    """{"em"}: whether an answer, a regular expression, is found in the prediction; ValueError without answers."""
+    return {"em": _best(lambda text, pattern: float(_found(pattern, text)), prediction, answers)}
+
+
 SCORERS: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
     "squad1": squad1,
     "squad2": squad2,
     "hotpot": hotpot,
     "kilt": kilt,
+    "regex": regular_expression,
 }
 
 
-def mean_scores(
-    predictions: Sequence[str], answers: Sequence[Sequence[str]], rule: str = "squad1"
-) -> dict[str, float]:
-    """Every score of ``rule`` (a key of SCORERS), averaged over the questions.
+def score(rule: str, prediction: str, answers: Sequence[str]) -> dict[str, float]:
+    """Every score of ``rule`` (a key of SCORERS) for what a reader predicts; ValueError as the rule has it."""
+    references = answers if rule == "regex" else [written_form(answer) for answer in answers]
+    return SCORERS[rule](written_form(prediction), references)
+
+
+def written_form(text: str) -> str:
+    """The text as a SentencePiece vocabulary writes it (its rule nmt_nfkc): NFKC, nothing unseen, blanks single."""
+    text = _UNSEEN.sub("", _BLANK.sub(" ", unicodedata.normalize("NFKC", text)))
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def check_rule(rule: str, answers: Iterable[Sequence[str]] = ()) -> None:
+    """Checks a rule's name and, for ``regex``, that every answer can be read.
 
     Raises:
-      ValueError: no predictions, or not one list of answers per prediction.
+      UserError: no such rule, or an answer that is no regular expression.
     """
-    rows = [
-        SCORERS[rule](prediction, accepted) for prediction, accepted in zip(predictions, answers, strict=True)
-    ]
-    if not rows:
-        raise ValueError("there is nothing to score")
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    if rule not in SCORERS:
+        raise UserError(f"--rule={rule} is unknown: choose one of {', '.join(SCORERS)}.")
+    for accepted in answers if rule == "regex" else ():
+        for pattern in accepted:
+            try:
+                _pattern(pattern)
+            except regex.error as error:
+                raise UserError(
+                    f"the answer {pattern!r} is no regular expression ({error}), which --rule=regex needs: mend it."
+                ) from None
 
 
 def rouge_l(prediction: str, reference: str) -> float:
@@ -131,13 +162,15 @@ def rouge_l(prediction: str, reference: str) -> float:
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
-def has_answer(text: str, answers: Iterable[str]) -> bool:
+def has_answer(text: str, answers: Iterable[str], rule: str = "squad1") -> bool:
     """Whether an answer occurs in ``text`` as a run of whole tokens (DPR, Karpukhin et al. 2020), ignoring
-    case.
+    case; by the rule ``regex``, whether one is found in it as a regular expression.
 
     A token is a run of letters, digits and marks, or any other single character that is neither blank nor
     control; both sides are decomposed (NFD) first. An answer without tokens occurs nowhere.
     """
+    if rule == "regex":
+        return any(_found(pattern, text) for pattern in answers)
     tokens = simple_tokens(text)
     return any(_contains(tokens, simple_tokens(answer)) for answer in answers)
 
@@ -145,6 +178,19 @@ def has_answer(text: str, answers: Iterable[str]) -> bool:
 def simple_tokens(text: str) -> list[str]:
     """DPR's tokens of a text, lower case, after NFD."""
     return [token.lower() for token in _TOKEN.findall(unicodedata.normalize("NFD", text))]
+
+
+def _found(pattern: str, text: str) -> bool:
+    """Whether the regular expression is found in the text, both decomposed; one that takes seconds is not."""
+    try:
+        return _pattern(pattern).search(unicodedata.normalize("NFD", text), timeout=_SECONDS) is not None
+    except TimeoutError:
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _pattern(text: str) -> regex.Pattern[str]:
+    return regex.compile(unicodedata.normalize("NFD", text), regex.IGNORECASE | regex.MULTILINE)
 
 
 def _contains(tokens: list[str], run: list[str]) -> bool:

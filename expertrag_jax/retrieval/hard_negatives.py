@@ -27,6 +27,7 @@ def mine_hard_negatives(
     count: int,
     query_tokens: np.ndarray | None = None,
     candidates: int = 100,
+    rule: str = "squad1",
 ) -> np.ndarray:
     """The best passages found that are neither gold nor hold an answer.
 
@@ -36,6 +37,7 @@ def mine_hard_negatives(
       count: negatives per question.
       query_tokens: [N, Lq] int32 in the retriever's vocabulary, for an index that searches by vectors.
       candidates: passages searched per question.
+      rule: how an answer is found in a passage; see ``evaluation.answers.has_answer``.
 
     Returns:
       [N, count] int32 rows, best first; -1 where there are too few.
@@ -46,17 +48,19 @@ def mine_hard_negatives(
         part = slice(start, start + _BATCH)
         tokens = None if query_tokens is None else query_tokens[part]
         found = retriever.search([question.question for question in questions[part]], tokens, candidates)[0]
-        chosen[part] = choose(found, questions[part], passages, count)
+        chosen[part] = choose(found, questions[part], passages, count, rule)
     return chosen
 
 
-def choose(found: np.ndarray, questions: Sequence[Question], passages: Passages, count: int) -> np.ndarray:
+def choose(
+    found: np.ndarray, questions: Sequence[Question], passages: Passages, count: int, rule: str = "squad1"
+) -> np.ndarray:
     """Of rows found [N, C], the first ``count`` that are neither gold nor hold an answer; as `mine_hard_negatives`."""
     chosen = np.full((len(questions), count), ABSENT_ROW, np.int32)
     for place, (question, candidates) in enumerate(zip(questions, found)):
         gold = set(question.gold_passage_ids)
         others = (row for row in candidates.tolist() if row >= 0 and passages.ids[row] not in gold)
-        wrong = (row for row in others if not has_answer(passages.texts[row], question.answers))
+        wrong = (row for row in others if not has_answer(passages.texts[row], question.answers, rule))
         for slot, row in zip(range(count), wrong):
             chosen[place, slot] = row
     return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.index import LoadedIndex
 from expertrag_jax.retrieval.manifest import check_matches
 from expertrag_jax.retrieval.protocol import ABSENT_ROW, Queries, absent
+
+_LOG = logging.getLogger(__name__)
 
 
 class Retrieved(NamedTuple):
@@ -221,6 +224,8 @@ def tokenize_passages(
 ) -> np.ndarray:
     """Tokens that an index stores and a passage encoder reads: `title 1 text`, cut at `length`, 0-padded.
 
+    How many passages were cut is logged.
+
     Args:
       passages: N passages.
       encode: text -> ids without EOS, such as `Vocabulary.encode`.
@@ -231,9 +236,13 @@ def tokenize_passages(
       [N, S] int32.
     """
     tokens = np.zeros((len(passages), length), np.int32)
+    cut = 0
     for row, (title, text) in enumerate(zip(passages.titles, passages.texts)):
-        ids = [*encode(title), SEPARATOR, *encode(text)][:length]
-        tokens[row, : len(ids)] = ids
+        ids = [*encode(title), SEPARATOR, *encode(text)]
+        cut += len(ids) > length
+        tokens[row, : min(len(ids), length)] = ids[:length]
         if progress is not None and ((row + 1) % 4096 == 0 or row + 1 == len(passages)):
             progress(row + 1, len(passages))
+    if cut:
+        _LOG.warning("%d of %d passages are longer than %d tokens and were cut", cut, len(passages), length)
     return tokens

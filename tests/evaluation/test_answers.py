@@ -136,9 +136,3 @@ def test_rouge_of_one_sentence_is_the_longest_common_subsequence():
 )
 def test_has_answer(text, answer, expected):
     assert answers.has_answer(text, ["absent phrase", answer]) is expected
-
-
-def test_mean_scores():
-    assert answers.mean_scores(["a cat", "dog"], [["cat"], ["cat", "wolf"]]) == {"em": 0.5, "f1": 0.5}
-    with pytest.raises(ValueError, match="nothing"):
-        answers.mean_scores([], [])

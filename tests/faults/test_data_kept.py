@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 
 import pytest
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.evaluation.answers import SCORERS, check_rule, has_answer, score, written_form
 from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv, read_questions_jsonl, write_passages_tsv
 from expertrag_jax.retrieval.documents import read_documents
+from expertrag_jax.retrieval.retriever import tokenize_passages
 from expertrag_jax.retrieval.splitting import sentences, split_text
+from expertrag_jax.vocabulary import train_vocabulary
 
 
 def write(folder, content, name):
@@ -134,3 +138,63 @@ def test_several_ids_of_null_are_distinct(tmp_path):
 def test_fields_of_another_type_are_refused(tmp_path, record, message):
     with pytest.raises(UserError, match=f"q.jsonl:1: {message}"):
         read_questions_jsonl(write(tmp_path, record, "q.jsonl"), False)
+
+
+ANSWERS = ("m²", "½", "ＦＵＬＬ", "ﬁne", "soft\u00adhyphen", "a\u00a0b", "e\u0301", "㎡", "ｶﾞ", "zero\u200bwidth")
+
+
+@pytest.mark.parametrize("rule", [rule for rule in SCORERS if rule != "regex"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_perfect_reader_is_right_in_the_form_of_its_vocabulary(rule, answer):
+    vocabulary = train_vocabulary([answer, "m2 1⁄2 FULL fine softhyphen a b é zero width"] * 9, 300, byte_fallback=True)
+    predicted = vocabulary.decode(vocabulary.encode(answer))
+    assert all(value > 0.99 for value in score(rule, predicted, [answer]).values())
+
+
+def test_the_written_form_is_the_vocabularys_for_every_character():
+    vocabulary = train_vocabulary(["abc def"] * 50, 300, byte_fallback=True)
+    characters = (chr(code) for code in range(0x20, 0x30000))
+    texts = [f"a{char}b" for char in characters if unicodedata.category(char) not in ("Cs", "Cn", "Co")]
+    written = map(vocabulary.decode, vocabulary.encode_batch(texts))
+    assert [text for text, found in zip(texts, written) if written_form(text) != written_form(found)] == []
+
+
+@pytest.mark.parametrize(
+    "pattern, text, right",
+    [
+        (r"19[0-9]{2}", "It was in 1912.", True),
+        (r"19[0-9]{2}", "It was in 191.", False),
+        (r"(J\.?\s*)?tolkien", "J. R. R. Tolkien wrote it", True),
+        (r"^Paris$", "in Paris", False),
+        (r"Beyonce\u0301", "Beyoncé", True),
+        (r"(a+)+$", "a" * 60 + "b", False),  # takes for ever
+    ],
+)
+def test_answers_may_be_regular_expressions(pattern, text, right):
+    assert has_answer(text, [pattern], "regex") is right
+    assert score("regex", text, ["no such", pattern]) == {"em": float(right)}
+
+
+def test_an_answer_that_is_no_regular_expression_is_refused():
+    with pytest.raises(UserError, match=r"'\(a' is no regular expression"):
+        check_rule("regex", [["a"], ["(a"]])
+    check_rule("squad1", [["(a"]])
+
+
+@pytest.mark.parametrize("text", ["zyx " * 2000, "zyx " * 30000, "zyx ▅ " * 9])
+def test_a_vocabulary_is_trained_on_every_text(text):
+    vocabulary = train_vocabulary(["abc def"] * 50 + [text] * 3, 60)
+    assert vocabulary.writes("zyx") and len(vocabulary.encode("zyx")) == 1 and not vocabulary.writes("q")
+
+
+def test_a_vocabulary_on_a_sample_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        train_vocabulary(["abc def"] * 150, 40, max_sentences=120)
+    assert "a sample of 120 of 150 texts" in caplog.text
+
+
+def test_passages_that_are_cut_are_counted(caplog):
+    passages = Passages(["0", "1", "2"], ["", "", ""], ["a", "a a a", "a a a a"])
+    with caplog.at_level(logging.WARNING):
+        tokens = tokenize_passages(passages, lambda text: [5] * len(text.split()), 3)
+    assert caplog.messages == ["2 of 3 passages are longer than 3 tokens and were cut"] and tokens.shape == (3, 3)
