@@ -44,6 +44,7 @@ HOUSE = (
     ("directories", ("directories",)),
     ("native output", ("native_output",)),
     ("disk", ("disk",)),
+    ("registry", ("registry",)),
     ("errors", ("errors",)),
 )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from expertrag_jax import registry
 from expertrag_jax.errors import UserError
 from expertrag_jax.moe.experts import ACTIVATIONS
 from expertrag_jax.moe.layer import DISPATCHES, ROUTINGS
 
 
+@registry.register("TransformerConfig")
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """A T5 1.1 style encoder-decoder; the defaults are a tiny model.

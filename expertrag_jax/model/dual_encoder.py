@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from expertrag_jax import registry
 from expertrag_jax.model import layers as parts
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.transformer import Encoder
@@ -20,6 +21,7 @@ from expertrag_jax.model.transformer import Encoder
 Array = jax.Array
 
 
+@registry.register("DualEncoderConfig")
 @dataclasses.dataclass(frozen=True)
 class DualEncoderConfig:
     """Sizes of the towers.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from expertrag_jax import registry
 from expertrag_jax.batch import Batch
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.transformer import DecoderCache, Memory
@@ -18,6 +19,7 @@ from expertrag_jax.systems.expert_rag import ExpertRAG, Question
 from expertrag_jax.systems.system import Phase
 
 
+@registry.register("ClosedBook")
 @dataclasses.dataclass(frozen=True)
 class ClosedBook:
     """The closed-book arm of ``ExpertRAG`` alone; no gate, no retriever.

@@ -1,23 +1,25 @@
 """A system's configuration as JSON, so that a checkpoint says what it is a checkpoint of.
 
 A system is a frozen dataclass of numbers, words and further dataclasses. Optimizers and other functions are
-left out: whoever reads a checkpoint to answer, to export or to embed passages needs none.
+left out: whoever reads a checkpoint to answer, to export or to embed passages needs none. Classes go by their names in
+the ``registry``. Releases before 0.2 wrote ``module:Name``; the name is read and the module is not imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from expertrag_jax import registry
 from expertrag_jax.errors import UserError
+from expertrag_jax.systems import closed_book, distillation, dro, expert_rag, rag, retriever  # noqa: F401 (names)
 
 _CLASS, _FIELDS = "class", "fields"
 
 
 def describe(system: Any) -> dict[str, Any]:
-    """``{"class": "module:Name", "fields": {...}}`` of a dataclass, nested ones alike; JSON-ready.
+    """``{"class": name, "fields": {...}}`` of a dataclass, nested ones alike; JSON-ready.
 
     Raises:
       TypeError: ``system`` is no dataclass.
@@ -27,8 +29,7 @@ def describe(system: Any) -> dict[str, Any]:
         value = getattr(system, field.name)
         if not callable(value):
             fields[field.name] = describe(value) if dataclasses.is_dataclass(value) else value
-    cls = type(system)
-    return {_CLASS: f"{cls.__module__}:{cls.__qualname__}", _FIELDS: fields}
+    return {_CLASS: registry.name_of(type(system)), _FIELDS: fields}
 
 
 def rebuild(description: Mapping[str, Any]) -> Any:
@@ -37,16 +38,17 @@ def rebuild(description: Mapping[str, Any]) -> Any:
     Raises:
       UserError: its class is not there, or has other fields: it is of another release.
     """
-    module, _, name = str(description.get(_CLASS)).partition(":")
+    stored = str(description.get(_CLASS))
+    name = stored.rpartition(":")[2] if stored.startswith("expertrag_jax.") else stored
+    cls = registry.class_named(name)
     try:
-        cls = getattr(importlib.import_module(module), name)
-        if not dataclasses.is_dataclass(cls):
-            raise TypeError(f"{name} is no dataclass")
+        if cls is None:
+            raise TypeError("nothing that was imported has this name")
         return cls(**{key: _value(value) for key, value in description[_FIELDS].items()})
-    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"the checkpoint is of a system {module}.{name} that this release cannot make ({error}): use the "
-            "release it was trained with"
+            f"the checkpoint is of a system {stored} that this release cannot make ({error}): use the release it was "
+            "trained with, or import the module that registers it"
         ) from error
 
 

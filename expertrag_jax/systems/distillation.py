@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from expertrag_jax import registry
 from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
 from expertrag_jax.model import fusion
@@ -33,6 +34,7 @@ from expertrag_jax.systems.system import Phase
 Array = jax.Array
 
 
+@registry.register("Distillation")
 @dataclasses.dataclass(frozen=True)
 class Distillation:
     """The system; parameters are the reader's at the root, ``query_encoder``, and ``passage_encoder`` if not shared.

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from expertrag_jax import registry
 from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
 from expertrag_jax.model import fusion
@@ -103,6 +104,7 @@ def summary(candidates: Candidates) -> Array:
     return summed / jnp.sqrt(jnp.maximum(candidates.mask.sum(-1), 1))[..., None].astype(summed.dtype)
 
 
+@registry.register("DRO")
 @dataclasses.dataclass(frozen=True)
 class DRO:
     """The system; every field is a gin value. Defaults are the paper's.

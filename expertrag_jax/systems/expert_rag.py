@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from expertrag_jax import registry
 from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
 from expertrag_jax.gate import network, objective
@@ -63,6 +64,7 @@ class GateExamples:
     retrieval_needed: Array
 
 
+@registry.register("ExpertRAG")
 @dataclasses.dataclass(frozen=True)
 class ExpertRAG:
     """The system; every field is a gin value.

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from expertrag_jax import registry
 from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
 from expertrag_jax.model import fusion
@@ -79,6 +80,7 @@ class Question:
     cache: Cache
 
 
+@registry.register("RAG")
 @dataclasses.dataclass(frozen=True)
 class RAG:
     """The system; every field is a gin value.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from expertrag_jax import registry
 from expertrag_jax.batch import Batch
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.systems import generator
@@ -21,6 +22,7 @@ from expertrag_jax.systems.system import Phase
 Array = jax.Array
 
 
+@registry.register("DualEncoder")
 @dataclasses.dataclass(frozen=True)
 class DualEncoder:
     """The system; parameters are ``query_encoder`` and, when the towers are not shared, ``passage_encoder``.
