@@ -31,6 +31,7 @@ CORE = [
     "regex>=2024.11",
     "tensorboardX>=2.6.4,<3",  # writes TensorBoard files without TensorFlow
     "absl-py>=2.1",
+    "annotated-types>=0.7,<1",
     "matplotlib>=3.9,<4",
     "rich>=13.7",
     "tqdm>=4.66",

@@ -13,7 +13,9 @@ from rich.text import Text
 
 from expertrag_jax import launch
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.infer import open_service
+from expertrag_jax.ranges import checked
 from expertrag_jax.retrieval.corpus import Question
 from expertrag_jax.service import Service
 
@@ -28,11 +30,12 @@ MACROS = ()
 EXAMPLE = 'expertrag answer --export_dir=runs/almanac/export "Where does Bela Korvath live?"'
 
 
+@checked
 def answer(
     question: Sequence[str] = (),
-    export_dir: str | None = None,
-    model_dir: str | None = None,
-    index_dir: str | None = None,
+    export_dir: LocalPath | None = None,
+    model_dir: LocalPath | None = None,
+    index_dir: LocalPath | None = None,
     retrieve: str = "gate",
 ) -> list[dict[str, Any]]:
     """Prints answer, decision and passages of each question.

@@ -12,6 +12,8 @@ from expertrag_jax import gate_training, launch
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluate import answer_both, read_questions
 from expertrag_jax.evaluation.answers import check_rule
+from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.ranges import Fraction, checked
 from expertrag_jax.service import service_from_model
 from expertrag_jax.trained_model import GATE_FILE, open_model
 
@@ -29,14 +31,15 @@ MACROS = ("MODEL_DIR", "CHECKPOINT_PATH", "INDEX_DIR")
 EXAMPLE = "expertrag calibrate --model_dir=runs/qa --questions=validation.jsonl"
 
 
+@checked
 def calibrate(
-    model_dir: str,
-    questions: str,
-    checkpoint_path: str | None = None,
-    index_dir: str | None = None,
+    model_dir: LocalPath,
+    questions: LocalPath,
+    checkpoint_path: LocalPath | None = None,
+    index_dir: LocalPath | None = None,
     rule: str = "squad1",
-    price: float | None = None,
-    budget: float = 1.0,
+    price: Fraction | None = None,
+    budget: Fraction = 1.0,
     overwrite: bool = False,
 ) -> gate_training.Calibration:
     """Fits Platt's line and chooses the threshold; see ``gate_training.calibrate``.

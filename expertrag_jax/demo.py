@@ -30,8 +30,10 @@ from expertrag_jax.evaluation.checks import almanac_checks, missed_quality
 from expertrag_jax.evaluation.report import EditionResult, build_report, write_report
 from expertrag_jax.evaluation.table import print_report
 from expertrag_jax.export import export
+from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.index import build_index
 from expertrag_jax.infer import infer
+from expertrag_jax.ranges import Count, Fraction, Natural, Seed, Weight, checked
 from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.service import Service, service_from_model
 from expertrag_jax.stages import Stages, quiet
@@ -59,6 +61,7 @@ NUM_STAGES = 12
 MODEL_DIRS = ("retriever", "generator", "model")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Lesson:
     """Batches of ``batch_size`` from the almanac's lesson ``name``: a stage of the reader's curriculum, or practice.
@@ -72,13 +75,14 @@ class Lesson:
     """
 
     name: str
-    batch_size: int
-    length: int
-    weight: float = 1.0
-    steps: int | None = None
+    batch_size: Count
+    length: Count
+    weight: Weight = 1.0
+    steps: Natural | None = None
     until: Reached | None = None
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """What the generator reads and remembers, in which order.
@@ -95,11 +99,12 @@ class Schedule:
 
     lessons: Sequence[Lesson]
     practice: Sequence[Lesson]
-    closed_book_batch: int
-    closed_book_share: int
+    closed_book_batch: Count
+    closed_book_share: Count
     lesson_optimizer: Callable[[], optax.GradientTransformation] | None = None
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Measuring:
     """How much is measured.
@@ -111,12 +116,12 @@ class Measuring:
         padding. exported_buckets: of the export.
     """
 
-    throughput_questions: int = 384
-    rounds: tuple[int, int] = (5, 3)
-    latency_questions: int = 60
-    exported_questions: int = 256
-    buckets: tuple[int, ...] = (1, 32, 64)
-    exported_buckets: tuple[int, ...] = (1, 64)
+    throughput_questions: Count = 384
+    rounds: tuple[Count, Count] = (5, 3)
+    latency_questions: Count = 60
+    exported_questions: Count = 256
+    buckets: tuple[Count, ...] = (1, 32, 64)
+    exported_buckets: tuple[Count, ...] = (1, 64)
 
 
 @dataclasses.dataclass
@@ -148,21 +153,22 @@ class Demo:
         return str(self.directory / f"index_{edition}")
 
 
+@checked
 def demo(
-    model_dir: str,
+    model_dir: LocalPath,
     world: AlmanacConfig,
     retriever: DualEncoder,
     system: ExpertRAG,
     schedule: Schedule,
     measuring: Measuring,
-    task_feature_lengths: dict[str, int],
-    passage_length: int = 64,
-    vocabulary_size: int = 1600,
-    retriever_batch: int = 128,
-    gate_batch: int = 256,
-    num_passages: int = 4,
-    retrieval_budget: float = 1.0,
-    seed: int = 0,
+    task_feature_lengths: dict[str, Count],
+    passage_length: Count = 64,
+    vocabulary_size: Count = 1600,
+    retriever_batch: Count = 128,
+    gate_batch: Count = 256,
+    num_passages: Count = 4,
+    retrieval_budget: Fraction = 1.0,
+    seed: Seed = 0,
 ) -> dict[str, Any]:
     """Runs the almanac: trains, gates, evaluates on two editions of the corpus, exports, answers.
 

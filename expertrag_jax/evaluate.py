@@ -21,7 +21,9 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.evaluation.answers import check_rule, has_answer, score
 from expertrag_jax.evaluation.report import EditionResult, build_report, write_report
 from expertrag_jax.evaluation.table import print_report
+from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.infer import write_records
+from expertrag_jax.ranges import Count, Seed, checked
 from expertrag_jax.retrieval.corpus import Question, read_questions_jsonl, texts_of
 from expertrag_jax.retrieval.metrics import gold_rows, recall_at_k
 from expertrag_jax.service import Service, service_from_model
@@ -47,21 +49,22 @@ EDITION = "test"  # the report's one set of questions
 _LOG = logging.getLogger(__name__)
 
 
+@checked
 def evaluate(
-    model_dir: str,
-    questions: str | None = None,
+    model_dir: LocalPath,
+    questions: LocalPath | None = None,
     task: Any = None,
     split: str = "test",
-    output_dir: str | None = None,
-    checkpoint_path: str | None = None,
-    index_dir: str | None = None,
-    num_passages: int | None = None,
-    buckets: Sequence[int] | None = None,
+    output_dir: LocalPath | None = None,
+    checkpoint_path: LocalPath | None = None,
+    index_dir: LocalPath | None = None,
+    num_passages: Count | None = None,
+    buckets: Sequence[Count] | None = None,
     rule: str = "squad1",
-    throughput_questions: int = 256,
-    latency_questions: int = 40,
-    rounds: int = 3,
-    seed: int = 0,
+    throughput_questions: Count = 256,
+    latency_questions: Count = 40,
+    rounds: Count = 3,
+    seed: Seed = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Evaluates and returns what ``report.json`` holds.

@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from expertrag_jax import launch
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.interop import export_directory, serving, stablehlo
+from expertrag_jax.ranges import Count, checked
 from expertrag_jax.trained_model import open_model
 
 FLAGS = {
@@ -33,13 +35,14 @@ EXAMPLE = "expertrag export --model_dir=runs/qa --export_dir=runs/qa_export"
 _LOG = logging.getLogger(__name__)
 
 
+@checked
 def export(
-    model_dir: str,
-    export_dir: str,
-    checkpoint_path: str | None = None,
-    index_dir: str | None = None,
-    num_passages: int | None = None,
-    buckets: Sequence[int] | None = None,
+    model_dir: LocalPath,
+    export_dir: LocalPath,
+    checkpoint_path: LocalPath | None = None,
+    index_dir: LocalPath | None = None,
+    num_passages: Count | None = None,
+    buckets: Sequence[Count] | None = None,
     platforms: Sequence[str] = stablehlo.PLATFORMS,
     overwrite: bool = False,
 ) -> export_directory.ExportManifest:

@@ -19,6 +19,8 @@ from tqdm import tqdm
 from expertrag_jax import launch
 from expertrag_jax.encoders import TrainedEncoder, load_encoder
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.ranges import Count, Seed, checked
 from expertrag_jax.retrieval.corpus import Passages, Question, read_passages_tsv, read_questions_jsonl
 from expertrag_jax.retrieval.documents import read_documents
 from expertrag_jax.retrieval.index import KINDS, check_writable, make_index, write_index
@@ -48,20 +50,21 @@ _LOG = logging.getLogger(__name__)
 _SENTENCES = 200_000  # passages that a vocabulary is trained on, at most
 
 
+@checked
 def build_index(
-    index_dir: str,
-    corpus: str | None = None,
-    documents: str | None = None,
-    vocabulary: str | None = None,
-    vocabulary_size: int = 16384,
+    index_dir: LocalPath,
+    corpus: LocalPath | None = None,
+    documents: LocalPath | None = None,
+    vocabulary: LocalPath | None = None,
+    vocabulary_size: Count = 16384,
     kind: str | None = None,
-    retriever: str | None = None,
-    tune_questions: str | None = None,
-    passage_length: int = 160,
-    max_words: int = 100,
-    batch_size: int = 256,
+    retriever: LocalPath | None = None,
+    tune_questions: LocalPath | None = None,
+    passage_length: Count = 160,
+    max_words: Count = 100,
+    batch_size: Count = 256,
     settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     overwrite: bool = False,
 ) -> Manifest:
     """Builds an index directory; it appears whole or not at all.

@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from expertrag_jax import launch
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.interop.serving import service_from_export
+from expertrag_jax.ranges import Count, checked
 from expertrag_jax.retrieval.corpus import Question, read_questions_jsonl
 from expertrag_jax.service import Service, service_from_model
 from expertrag_jax.trained_model import GATE_FILE, open_model
@@ -46,19 +48,20 @@ CHUNK = 1024  # questions whose results are written together
 _LOG = logging.getLogger(__name__)
 
 
+@checked
 def infer(
-    questions: str,
-    output: str | None = None,
-    model_dir: str | None = None,
-    export_dir: str | None = None,
-    checkpoint_path: str | None = None,
-    index_dir: str | None = None,
+    questions: LocalPath,
+    output: LocalPath | None = None,
+    model_dir: LocalPath | None = None,
+    export_dir: LocalPath | None = None,
+    checkpoint_path: LocalPath | None = None,
+    index_dir: LocalPath | None = None,
     mode: str = "predict",
     retrieve: str = "gate",
-    num_passages: int | None = None,
-    buckets: Sequence[int] | None = None,
+    num_passages: Count | None = None,
+    buckets: Sequence[Count] | None = None,
     overwrite: bool = False,
-    output_dir: str | None = None,
+    output_dir: LocalPath | None = None,
 ) -> None:
     """Writes one record per question, in their order; see ``service.Service`` for the records.
 

@@ -22,17 +22,21 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.macros import MACROS
 from expertrag_jax.processes import HEARTBEAT_SECONDS
+from expertrag_jax.ranges import hints_of
 
 _WORD = re.compile(r"""[^\[\](){}'"@%#\\=\s][^\[\](){}'"@%#\\]*""")
 _NOT_WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
+_LISTS = (list, tuple, Sequence, Iterable)
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -122,6 +126,8 @@ def bindings(job: ModuleType, selector: str, options: argparse.Namespace) -> lis
         value = getattr(options, flag.lstrip("-").replace("-", "_"))
         if value is None or (value == [] and not flag.startswith("-")):
             continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} is {value}: it must be a finite number.")
         if _is_keyword(target):
             lines.append(f"{selector}.{target} = {value!r}")
         else:
@@ -172,27 +178,33 @@ def _is_keyword(target: str) -> bool:
     return target.isidentifier() and not target.isupper()
 
 
-def _annotation(function: Callable[..., Any], target: str) -> str:
+def _annotation(function: Callable[..., Any], target: str) -> Any:
     if not _is_keyword(target):
-        return "str"
-    parameters = inspect.signature(function).parameters
-    if target not in parameters:
+        return str
+    if target not in inspect.signature(function).parameters:
         raise TypeError(f"FLAGS of {function.__module__}: {function.__name__} has no parameter {target}")
-    return inspect.formatannotation(parameters[target].annotation).strip("'")
+    return hints_of(function).get(target, str)
 
 
-def _kind(flag: str, annotation: str) -> Mapping[str, Any]:
+def _kind(flag: str, annotation: Any) -> Mapping[str, Any]:
     """Argparse's keywords for a flag, by the annotation of the parameter that it sets."""
-    several = re.match(r"(typing\.|collections\.abc\.)?(list|tuple|Sequence|Iterable)\b", annotation)
-    convert: Callable[[str], Any] = str
-    if not re.search(r"\b(str|Path|PathLike)\b", annotation):
-        numbers = [kind for kind in (bool, int, float) if re.search(rf"\b{kind.__name__}\b", annotation)]
-        convert = next(iter(numbers), str)
+    several = any(isinstance(part, type) and part in _LISTS for part in _parts(annotation))
+    plain = [kind for kind in (str, bool, int, float) if kind in _parts(annotation)]
+    convert: Callable[[str], Any] = plain[0] if plain else str
     if not flag.startswith("-"):
         return {"nargs": "*" if several else "?", "type": convert}
     if convert is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": convert, "metavar": flag.lstrip("-").upper(), **({"action": "append"} if several else {})}
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The annotation and everything inside of it: a union's options, a list's elements."""
+    inside = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Annotated:
+        inside = inside[:1]
+    own = typing.get_origin(annotation) or annotation
+    return [own, *(part for argument in inside for part in _parts(argument))]
 
 
 def _epilog(prog: str, job: ModuleType) -> str:

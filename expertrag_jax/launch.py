@@ -28,7 +28,7 @@ from typing import Any
 
 import gin
 
-from expertrag_jax import disk, gin_errors, gin_files, job_flags, processes
+from expertrag_jax import disk, gin_errors, gin_files, gin_ranges, job_flags, processes
 from expertrag_jax.errors import QualityMissed, UserError
 
 DEFECT, USER_ERROR, QUALITY_MISSED, INTERRUPTED = 1, 2, 3, 130
@@ -141,6 +141,7 @@ def configure(job: ModuleType, function: Callable[..., Any], options: argparse.N
     bindings = [*options.gin_bindings, *job_flags.bindings(job, selector, options)]
     gin_files.parse(options.gin_file, bindings, options.gin_search_paths)
     gin_files.check_required(function, job_flags.flags_by_keyword(job))
+    gin_ranges.check_bindings()
 
 
 def start_processes(job: ModuleType, options: argparse.Namespace) -> None:

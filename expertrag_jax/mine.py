@@ -14,6 +14,8 @@ from expertrag_jax import launch
 from expertrag_jax.encoders import load_encoder, open_retriever
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluation.answers import check_rule
+from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.ranges import Count, checked
 from expertrag_jax.retrieval.corpus import read_questions_jsonl, texts_of
 from expertrag_jax.retrieval.hard_negatives import mine_hard_negatives, write_questions
 from expertrag_jax.retrieval.metrics import gold_rows
@@ -32,13 +34,14 @@ MACROS = ("INDEX_DIR",)
 EXAMPLE = "expertrag mine --questions=train.jsonl --index_dir=runs/bm25 --output=train_with_negatives.jsonl"
 
 
+@checked
 def mine(
-    questions: str,
-    output: str,
-    index_dir: str,
-    retriever: str | None = None,
-    num_negatives: int = 1,
-    candidates: int = 100,
+    questions: LocalPath,
+    output: LocalPath,
+    index_dir: LocalPath,
+    retriever: LocalPath | None = None,
+    num_negatives: Count = 1,
+    candidates: Count = 100,
     rule: str = "squad1",
     overwrite: bool = False,
 ) -> Path:

@@ -21,7 +21,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.ranges import Count, checked
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -58,6 +59,10 @@ PARAMETER_RULES: Rules = tuple((name, "fsdp" if name == "embed" else axes) for n
 _activation_rules = contextvars.ContextVar("activation_rules", default=ACTIVATION_RULES)
 
 
+MeshSize = Literal[-1] | Count
+
+
+@checked
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1, "the rest of the devices".
@@ -68,11 +73,11 @@ class MeshConfig:
         ``data`` does not divide. None: read off the devices, and ignored where neither divides.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
-    num_slices: int | None = None
+    data: MeshSize = -1
+    fsdp: MeshSize = 1
+    expert: MeshSize = 1
+    tensor: MeshSize = 1
+    num_slices: Count | None = None
 
     def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
         """The four axis sizes on ``num_devices`` devices; UserError if their product differs."""

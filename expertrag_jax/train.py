@@ -22,7 +22,9 @@ from jax.sharding import Mesh
 from expertrag_jax import launch, partitioning
 from expertrag_jax.assembly import READER_VOCABULARY, RETRIEVER_VOCABULARY
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.moe.collapse import CollapseAlarm
+from expertrag_jax.ranges import Count, Natural, Positive, Seed, checked
 from expertrag_jax.retrieval.manifest import read_manifest
 from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.mark import Reached
@@ -57,6 +59,7 @@ EXAMPLE = (
 )
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A phase of the system, run under its own name on its own data; for the same loss on several data sets.
@@ -75,7 +78,7 @@ class Stage:
 
     name: str
     phase: str
-    steps: int | None = None
+    steps: Natural | None = None
     optimizer: Callable[[], optax.GradientTransformation] | None = None
     until: Reached | None = None
 
@@ -93,36 +96,37 @@ class Stage:
         )
 
 
+@checked
 def train(
-    model_dir: str,
+    model_dir: LocalPath,
     system: System,
     datasets: Mapping[str, loop.Dataset],
-    vocabulary: str,
-    task_feature_lengths: Mapping[str, int],
-    retriever_vocabulary: str | None = None,
+    vocabulary: LocalPath,
+    task_feature_lengths: Mapping[str, Count],
+    retriever_vocabulary: LocalPath | None = None,
     stages: Sequence[Stage] | None = None,
     mesh: Mesh | None = None,
     parameter_rules: partitioning.Rules = partitioning.PARAMETER_RULES,
     activation_rules: partitioning.Rules = partitioning.ACTIVATION_RULES,
-    seed: int = 0,
-    microbatches: int = 1,
-    checkpoint_period: int = 1000,
-    keep_checkpoints: int | Retention = 3,
+    seed: Seed = 0,
+    microbatches: Count = 1,
+    checkpoint_period: Count = 1000,
+    keep_checkpoints: Natural | Retention = 3,
     asynchronous_checkpoints: bool = True,
-    log_period: int = 50,
-    initial_checkpoint: str | Mapping[str, str] | None = None,
+    log_period: Count = 50,
+    initial_checkpoint: LocalPath | Mapping[str, LocalPath] | None = None,
     eval_datasets: Mapping[str, loop.Dataset] | None = None,
-    eval_period: int = 1000,
-    eval_steps: int = 20,
+    eval_period: Count = 1000,
+    eval_steps: Count = 20,
     early_stopping: EarlyStopping | None = None,
-    num_passages: int | None = None,
-    index_dir: str | None = None,
-    versions_dir: str | None = None,
-    hang_seconds: float | None = 1800.0,
+    num_passages: Count | None = None,
+    index_dir: LocalPath | None = None,
+    versions_dir: LocalPath | None = None,
+    hang_seconds: Positive | None = 1800.0,
     hang_abort: bool = False,
     profile_steps: str | None = None,
     collapse_alarm: CollapseAlarm | None = None,
-    compilation_cache_dir: str | None = None,
+    compilation_cache_dir: LocalPath | None = None,
     progress: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TrainState:
     """Trains a system and leaves MODEL_DIR: ``checkpoints/``, ``config.gin``, ``vocabulary/``, ``logs/``.

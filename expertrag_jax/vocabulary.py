@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 import sentencepiece
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.ranges import Count, Natural, checked
 
 PAD_ID = 0
 EOS_ID = 1
@@ -100,7 +102,8 @@ class Vocabulary:
         os.replace(partial, path)
 
 
-def embedding_rows(path: str | os.PathLike, multiple: int = 128, sentinels: int = 0) -> int:
+@checked
+def embedding_rows(path: LocalPath, multiple: Count = 128, sentinels: Natural = 0) -> int:
     """Rows of an embedding for the vocabulary in a file: its size rounded up, so that meshes divide it.
 
     Args:

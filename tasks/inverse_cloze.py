@@ -22,20 +22,23 @@ from expertrag_jax.data.preprocessors import Lengths, length_limit, record, toke
 from expertrag_jax.data.question_tasks import number, register
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.ranges import Count, Fraction, Seed, checked
 from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv
 from expertrag_jax.retrieval.splitting import sentences
 
 Pair = tuple[int, int, str, str, str]  # id, row of the passage, sentence, title, text of the passage
 
 
+@checked
 def register_inverse_cloze(
-    corpus: str | os.PathLike,
+    corpus: LocalPath,
     vocabularies: Vocabularies,
     name: str = "inverse_cloze",
-    removal_rate: float = 0.9,
-    pairs_per_passage: int = 2,
-    fewest_words: int = 5,
-    seed: int = 0,
+    removal_rate: Fraction = 0.9,
+    pairs_per_passage: Count = 2,
+    fewest_words: Count = 5,
+    seed: Seed = 0,
 ) -> seqio.Task:
     """Registers the task over a corpus in DPR's format.
 

@@ -14,6 +14,8 @@ from expertrag_jax.data.question_tasks import register
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluation.answers import check_rule
+from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.ranges import Count, checked
 from expertrag_jax.retrieval.corpus import Passages, Question, read_passages_tsv, read_questions_jsonl
 from expertrag_jax.retrieval.hard_negatives import mine_hard_negatives, named_negatives
 from expertrag_jax.retrieval.index import open_index
@@ -26,13 +28,14 @@ Paths = str | os.PathLike | Mapping[str, str | os.PathLike]
 _CANDIDATES = 30  # searched per question: the best of them that hold no answer are hard negatives
 
 
+@checked
 def register_relevant_passages(
     path: Paths,
-    corpus: str | os.PathLike,
+    corpus: LocalPath,
     vocabularies: Vocabularies,
     name: str = "relevant_passages",
     negatives_from: str | os.PathLike | None = None,
-    num_negatives: int = 1,
+    num_negatives: Count = 1,
     rule: str = "squad1",
 ) -> seqio.Task:
     """Registers the task over files of questions with ``gold_passage_ids``; questions without are left out.

@@ -12,20 +12,23 @@ from expertrag_jax.data.question_tasks import output_features, register
 from expertrag_jax.data.span_corruption import CorruptSpans
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.ranges import Count, Positive, Rate, Seed, checked
 from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv
 from expertrag_jax.retrieval.documents import read_documents
 
 
+@checked
 def register_span_corruption(
     vocabularies: Vocabularies,
-    corpus: str | os.PathLike | None = None,
-    documents: str | os.PathLike | None = None,
+    corpus: LocalPath | None = None,
+    documents: LocalPath | None = None,
     name: str = "span_corruption",
-    sentinels: int = 100,
-    density: float = 0.15,
-    mean_span: float = 3.0,
-    copies: int = 1,
-    seed: int = 0,
+    sentinels: Count = 100,
+    density: Rate = 0.15,
+    mean_span: Positive = 3.0,
+    copies: Count = 1,
+    seed: Seed = 0,
 ) -> seqio.Task:
     """Registers the task over passages or raw text, with one split "train".
 
@@ -49,7 +52,8 @@ def register_span_corruption(
     return register(seqio.Task(name, source, output_features("closed_book", vocabularies), steps))
 
 
-def register_mixture(name: str, tasks: Sequence[seqio.Task | str], rates: Sequence[float]) -> seqio.Mixture:
+@checked
+def register_mixture(name: str, tasks: Sequence[seqio.Task | str], rates: Sequence[Positive]) -> seqio.Mixture:
     """Registers a mixture of tasks with the same features.
 
     Args:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "expertrag_jax"
 
 # Above these names the edge begins: what they import is theirs. Everything else in expertrag_jax is the core.
 ENTRY_POINTS = (
-    "main __main__ launch job_flags processes gin_files gin_errors macros "
+    "main __main__ launch job_flags processes gin_files gin_errors gin_ranges macros "
     "train evaluate infer index mine answer calibrate export plan demo"
 ).split()
 OUTSIDE_THE_CORE = ("data", "interop", "retrieval.scann_index", *ENTRY_POINTS)
@@ -44,6 +44,8 @@ HOUSE = (
     ("directories", ("directories",)),
     ("native output", ("native_output",)),
     ("disk", ("disk",)),
+    ("ranges", ("ranges",)),
+    ("files", ("files",)),
     ("registry", ("registry",)),
     ("errors", ("errors",)),
 )

@@ -14,6 +14,7 @@ import numpy as np
 
 from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
+from expertrag_jax.ranges import Count, checked
 
 Batches = Callable[[int], Iterator[Batch]]
 
@@ -51,6 +52,7 @@ def schedule(weights: Sequence[int]) -> np.ndarray:
     return np.array([index for _, index in sorted(due)], np.int64)
 
 
+@checked
 @dataclasses.dataclass(eq=False)
 class Interleave:
     """``interleave(start_step)`` yields the batches of several pipelines in turn.
@@ -64,7 +66,7 @@ class Interleave:
     """
 
     pipelines: Sequence[Batches]
-    weights: Sequence[int]
+    weights: Sequence[Count]
 
     def __post_init__(self):
         wrong = [w for w in self.weights if w != int(w) or w < 0]

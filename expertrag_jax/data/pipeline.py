@@ -18,6 +18,7 @@ from expertrag_jax.data.bridge import user_errors
 from expertrag_jax.data.feature_converters import TOKEN_FEATURES, converter_for
 from expertrag_jax.data.order import Mixed, Order
 from expertrag_jax.errors import UserError
+from expertrag_jax.ranges import Count, Natural, Seed, checked
 
 _READ = 1024  # examples fetched from tf.data at a time
 _PACKING_SHUFFLE = 1 << 20  # examples shuffled before they are packed
@@ -25,6 +26,7 @@ _PACKING_SHUFFLE = 1 << 20  # examples shuffled before they are packed
 Arrays = dict[str, np.ndarray]
 
 
+@checked
 @dataclasses.dataclass(eq=False)
 class Pipeline:
     """``pipeline(start_step)`` yields batches; the position in the data is the step number.
@@ -65,10 +67,10 @@ class Pipeline:
     """
 
     mixture_or_task: str | seqio.Task | seqio.Mixture
-    task_feature_lengths: Mapping[str, int]
-    batch_size: int
+    task_feature_lengths: Mapping[str, Count]
+    batch_size: Count
     split: str = "train"
-    seed: int = 0
+    seed: Seed = 0
     shuffle: bool = True
     repeat: bool = True
     pack: bool = False
@@ -76,8 +78,8 @@ class Pipeline:
     materialise: bool = True
     shard_source: bool = False
     use_cached: bool = False
-    process_index: int | None = None
-    process_count: int | None = None
+    process_index: Natural | None = None
+    process_count: Count | None = None
 
     def __post_init__(self) -> None:
         self._reading, self._rows = threading.Lock(), None

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.ranges import Fraction, Number, Seed, checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Never:
         return np.zeros(len(inputs.get("example_ids", "Never")), bool)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Random:
     """Retrieve for a fraction ``rate`` of the questions, chosen by a hash of (seed, example id).
@@ -87,8 +89,8 @@ class Random:
       UserError: a rate outside [0, 1].
     """
 
-    rate: float = 0.5
-    seed: int = 0
+    rate: Fraction = 0.5
+    seed: Seed = 0
     needs: ClassVar[tuple[str, ...]] = ("example_ids",)
 
     def __post_init__(self):
@@ -117,6 +119,7 @@ class Oracle:
         return np.where(np.isnan(needed), self.when_unknown, needed > 0.5)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Threshold:
     """Keep the evidence if the best retriever score reaches ``threshold``: the search is paid anyway.
@@ -125,7 +128,7 @@ class Threshold:
       threshold: in the unit of the index's scores (inner product, BM25).
     """
 
-    threshold: float = 0.0
+    threshold: Number = 0.0
     needs: ClassVar[tuple[str, ...]] = ("passage_scores",)
 
     def decide(self, inputs: PolicyInputs) -> np.ndarray:
@@ -135,6 +138,7 @@ class Threshold:
         return best >= self.threshold
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Learned:
     """The trained gate: retrieve when ``p_ret >= threshold``.
@@ -143,7 +147,7 @@ class Learned:
       threshold: chosen on validation questions, see ``calibration.choose_threshold``.
     """
 
-    threshold: float = 0.5
+    threshold: Number = 0.5
     needs: ClassVar[tuple[str, ...]] = ("p_ret",)
 
     def decide(self, inputs: PolicyInputs) -> np.ndarray:

@@ -8,9 +8,11 @@ from expertrag_jax import registry
 from expertrag_jax.errors import UserError
 from expertrag_jax.moe.experts import ACTIVATIONS
 from expertrag_jax.moe.layer import DISPATCHES, ROUTINGS
+from expertrag_jax.ranges import Count, Natural, Positive, Rate, checked
 
 
 @registry.register("TransformerConfig")
+@checked
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """A T5 1.1 style encoder-decoder; the defaults are a tiny model.
@@ -42,31 +44,31 @@ class TransformerConfig:
         backward pass) or ``dots`` (keep matrix products).
     """
 
-    vocab_size: int = 1024
-    embed_dim: int = 128
-    num_heads: int = 4
-    head_dim: int = 32
-    mlp_dim: int = 256
-    num_encoder_layers: int = 2
-    num_decoder_layers: int = 2
+    vocab_size: Count = 1024
+    embed_dim: Count = 128
+    num_heads: Count = 4
+    head_dim: Count = 32
+    mlp_dim: Count = 256
+    num_encoder_layers: Natural = 2
+    num_decoder_layers: Natural = 2
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
-    dropout_rate: float = 0.0
+    dropout_rate: Rate = 0.0
     logits_via_embedding: bool = False
     dtype: str = "float32"
-    num_experts: int = 0
-    expert_layer_period: int = 2
-    num_selected_experts: int = 1
-    train_expert_capacity_factor: float = 1.25
-    eval_expert_capacity_factor: float | None = None
-    expert_group_size: int = 4096
-    router_jitter: float = 0.0
+    num_experts: Natural = 0
+    expert_layer_period: Count = 2
+    num_selected_experts: Count = 1
+    train_expert_capacity_factor: Positive = 1.25
+    eval_expert_capacity_factor: Positive | None = None
+    expert_group_size: Count = 4096
+    router_jitter: Rate = 0.0
     expert_dispatch: str = "buckets"
     encoder_routing: str = "token_choice"
     decoder_routing: str = "token_choice"
     batch_prioritised_routing: bool = False
     loss_free_balancing: bool = False
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
+    relative_buckets: Count = 32
+    relative_max_distance: Count = 128
     attention_init: str = "t5"
     scan_layers: bool = False
     remat: str = "none"

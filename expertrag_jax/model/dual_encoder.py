@@ -17,11 +17,13 @@ from expertrag_jax import registry
 from expertrag_jax.model import layers as parts
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.transformer import Encoder
+from expertrag_jax.ranges import Count, Natural, Rate, checked
 
 Array = jax.Array
 
 
 @registry.register("DualEncoderConfig")
+@checked
 @dataclasses.dataclass(frozen=True)
 class DualEncoderConfig:
     """Sizes of the towers.
@@ -34,15 +36,15 @@ class DualEncoderConfig:
       dropout_rate: inside the encoder. dtype: activations.
     """
 
-    vocab_size: int = 1024
-    embed_dim: int = 128
-    num_layers: int = 0
-    num_heads: int = 4
-    head_dim: int = 32
-    mlp_dim: int = 256
-    output_dim: int = 128
+    vocab_size: Count = 1024
+    embed_dim: Count = 128
+    num_layers: Natural = 0
+    num_heads: Count = 4
+    head_dim: Count = 32
+    mlp_dim: Count = 256
+    output_dim: Count = 128
     shared: bool = True
-    dropout_rate: float = 0.0
+    dropout_rate: Rate = 0.0
     dtype: str = "float32"
 
     def transformer(self) -> TransformerConfig:

@@ -21,7 +21,9 @@ from jax.experimental import multihost_utils
 from expertrag_jax import evidence, partitioning
 from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
+from expertrag_jax.ranges import Count, Fraction, Natural, checked
 from expertrag_jax.retrieval import versions
 from expertrag_jax.retrieval.diversity import RetrievalCollapse
 from expertrag_jax.retrieval.index import LoadedIndex, Queries, make_index, open_index, write_index
@@ -49,6 +51,7 @@ def with_vectors(batch: Batch, retriever: Retriever) -> Batch:
     return batch.replace(passage_vectors=vectors)
 
 
+@checked
 @dataclasses.dataclass(eq=False)
 class Candidates:
     """``(params, batch) -> batch``: fresh candidates where the system refreshes them, vectors always.
@@ -67,11 +70,11 @@ class Candidates:
 
     retriever: Retriever
     config: DualEncoderConfig | None = None
-    versions_dir: str | None = None
-    keep_versions: int = 2
-    collapse_window: int = 1000
-    collapse_least: float = 0.1
-    remembered: int = 1_000_000
+    versions_dir: LocalPath | None = None
+    keep_versions: Count = 2
+    collapse_window: Count = 1000
+    collapse_least: Fraction = 0.1
+    remembered: Natural = 1_000_000
 
     def __post_init__(self):
         self._refreshes: float | None = None  # of the encoder below

@@ -14,12 +14,14 @@ from expertrag_jax import registry
 from expertrag_jax.batch import Batch
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.transformer import DecoderCache, Memory
+from expertrag_jax.ranges import Count, Natural, Positive, Rate, Weight, checked
 from expertrag_jax.systems import generator
 from expertrag_jax.systems.expert_rag import ExpertRAG, Question
 from expertrag_jax.systems.system import Phase
 
 
 @registry.register("ClosedBook")
+@checked
 @dataclasses.dataclass(frozen=True)
 class ClosedBook:
     """The closed-book arm of ``ExpertRAG`` alone; no gate, no retriever.
@@ -31,13 +33,13 @@ class ClosedBook:
     """
 
     model: TransformerConfig
-    max_target_length: int = 16
-    label_smoothing: float = 0.0
-    z_loss: float = 1e-4
-    balance_loss_factor: float = 0.01
-    router_z_loss_factor: float = 0.0
-    loss_normalizing_factor: float | None = None
-    steps: int = 1000
+    max_target_length: Count = 16
+    label_smoothing: Rate = 0.0
+    z_loss: Weight = 1e-4
+    balance_loss_factor: Weight = 0.01
+    router_z_loss_factor: Weight = 0.0
+    loss_normalizing_factor: Positive | None = None
+    steps: Natural = 1000
     optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adafactor(1e-3)
 
     @property

@@ -25,6 +25,7 @@ from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import Memory, Transformer
+from expertrag_jax.ranges import Count, Natural, Positive, Rate, Weight, checked
 from expertrag_jax.systems import generator
 from expertrag_jax.systems.distillation_losses import LOSSES
 from expertrag_jax.systems.expert_rag import GENERATOR_PARAMETERS, ExpertRAG
@@ -35,6 +36,7 @@ Array = jax.Array
 
 
 @registry.register("Distillation")
+@checked
 @dataclasses.dataclass(frozen=True)
 class Distillation:
     """The system; parameters are the reader's at the root, ``query_encoder``, and ``passage_encoder`` if not shared.
@@ -51,16 +53,16 @@ class Distillation:
     model: TransformerConfig
     retriever: DualEncoderConfig
     signal: str = "pdist"
-    temperature: float = 0.05
-    target_temperature: float = 1.0
+    temperature: Positive = 0.05
+    target_temperature: Positive = 1.0
     passage_vectors: Callable[[np.ndarray], np.ndarray] | None = None
-    max_target_length: int = 16
-    label_smoothing: float = 0.0
-    z_loss: float = 1e-4
-    balance_loss_factor: float = 0.01
-    router_z_loss_factor: float = 0.0
-    generator_steps: int = 1000
-    retriever_steps: int = 500
+    max_target_length: Count = 16
+    label_smoothing: Rate = 0.0
+    z_loss: Weight = 1e-4
+    balance_loss_factor: Weight = 0.01
+    router_z_loss_factor: Weight = 0.0
+    generator_steps: Natural = 1000
+    retriever_steps: Natural = 500
     generator_optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adafactor(1e-3)
     retriever_optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adam(1e-4)
 

@@ -43,6 +43,7 @@ from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import DecoderCache, Memory
+from expertrag_jax.ranges import Count, Fraction, Natural, Positive, Rate, Weight, checked
 from expertrag_jax.systems import generator, permutations
 from expertrag_jax.systems.expert_rag import ExpertRAG, Question
 from expertrag_jax.systems.system import Phase
@@ -105,6 +106,7 @@ def summary(candidates: Candidates) -> Array:
 
 
 @registry.register("DRO")
+@checked
 @dataclasses.dataclass(frozen=True)
 class DRO:
     """The system; every field is a gin value. Defaults are the paper's.
@@ -128,21 +130,21 @@ class DRO:
     model: TransformerConfig
     selector: TransformerConfig | None = None
     retriever: DualEncoderConfig | None = None
-    num_candidates: int = 20
-    num_selected: int = 5
-    num_samples: int = 8
-    iterations: int = 5
+    num_candidates: Count = 20
+    num_selected: Count = 5
+    num_samples: Count = 8
+    iterations: Natural = 5
     online: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_target_length: int = 16
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    balance_loss_factor: float = 0.01
-    router_z_loss_factor: float = 0.0
-    warm_generator_steps: int = 1000
-    warm_selector_steps: int = 1000
-    iteration_steps: int = 1000
+    temperature: Positive = 1.0
+    top_p: Fraction = 1.0
+    max_target_length: Count = 16
+    label_smoothing: Rate = 0.0
+    z_loss: Weight = 0.0
+    balance_loss_factor: Weight = 0.01
+    router_z_loss_factor: Weight = 0.0
+    warm_generator_steps: Natural = 1000
+    warm_selector_steps: Natural = 1000
+    iteration_steps: Natural = 1000
     warm_optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adamw(1e-5)
     optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adamw(1e-5)
 

@@ -27,6 +27,7 @@ from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import DecoderCache, Memory
+from expertrag_jax.ranges import Count, Natural, Number, Positive, Rate, Weight, checked
 from expertrag_jax.systems import generator
 from expertrag_jax.systems.system import Phase
 
@@ -65,6 +66,7 @@ class GateExamples:
 
 
 @registry.register("ExpertRAG")
+@checked
 @dataclasses.dataclass(frozen=True)
 class ExpertRAG:
     """The system; every field is a gin value.
@@ -88,20 +90,20 @@ class ExpertRAG:
     model: TransformerConfig
     retriever: DualEncoderConfig | None = None
     fusion: str = "per_passage"
-    max_target_length: int = 16
-    label_smoothing: float = 0.0
-    z_loss: float = 1e-4
-    balance_loss_factor: float = 0.01
-    router_z_loss_factor: float = 0.0
-    loss_normalizing_factor: float | None = None
-    gate_hidden: int = 32
-    gate_dropout: float = 0.0
+    max_target_length: Count = 16
+    label_smoothing: Rate = 0.0
+    z_loss: Weight = 1e-4
+    balance_loss_factor: Weight = 0.01
+    router_z_loss_factor: Weight = 0.0
+    loss_normalizing_factor: Positive | None = None
+    gate_hidden: Natural = 32
+    gate_dropout: Rate = 0.0
     gate_objective: str = "utility"
-    retrieval_cost: float = 0.05
-    gate_temperature: float = 0.1
+    retrieval_cost: Number = 0.05
+    gate_temperature: Positive = 0.1
     gain_kind: str = "likelihood"
-    generator_steps: int = 1000
-    gate_steps: int = 300
+    generator_steps: Natural = 1000
+    gate_steps: Natural = 300
     generator_optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adafactor(1e-3)
     gate_optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adam(1e-3)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.ranges import Count, Natural, Number, checked
 
 IF_MISSED = ("continue", "stop", "retry")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Reached:
     """The mark at which a phase has done its work.
@@ -32,12 +34,12 @@ class Reached:
     """
 
     metric: str
-    value: float
-    over: int = 40
-    at_least: int = 0
+    value: Number
+    over: Count = 40
+    at_least: Natural = 0
     larger_is_better: bool = True
     if_missed: str = "continue"
-    retries: int = 1
+    retries: Natural = 1
 
     def __post_init__(self):
         if self.over < 1 or self.at_least < 0 or self.retries < 0:

@@ -32,6 +32,7 @@ from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import DecoderCache, Memory, empty_cache
+from expertrag_jax.ranges import Count, Natural, Positive, Rate, Weight, checked
 from expertrag_jax.systems import generator, marginals, rag_decoding
 from expertrag_jax.systems.snapshot import SNAPSHOT, with_snapshot
 from expertrag_jax.systems.system import Phase
@@ -81,6 +82,7 @@ class Question:
 
 
 @registry.register("RAG")
+@checked
 @dataclasses.dataclass(frozen=True)
 class RAG:
     """The system; every field is a gin value.
@@ -106,19 +108,19 @@ class RAG:
     model: TransformerConfig
     retriever: DualEncoderConfig
     marginal: str = "sequence"
-    temperature: float = 0.05
+    temperature: Positive = 0.05
     null_document: bool = False
-    max_target_length: int = 16
-    label_smoothing: float = 0.0
-    z_loss: float = 1e-4
-    balance_loss_factor: float = 0.01
-    router_z_loss_factor: float = 0.0
-    refresh_period: int = 0
+    max_target_length: Count = 16
+    label_smoothing: Rate = 0.0
+    z_loss: Weight = 1e-4
+    balance_loss_factor: Weight = 0.01
+    router_z_loss_factor: Weight = 0.0
+    refresh_period: Natural = 0
     candidates: Callable[[Any, Batch], Batch] | None = None
-    steps: int = 1000
+    steps: Natural = 1000
     optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adafactor(1e-3)
     decoding: str = "greedy"
-    beams: int = 4
+    beams: Count = 4
 
     def __post_init__(self):
         for name, known in (("marginal", MARGINALS), ("decoding", DECODINGS)):

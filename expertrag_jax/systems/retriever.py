@@ -16,6 +16,7 @@ import optax
 from expertrag_jax import registry
 from expertrag_jax.batch import Batch
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
+from expertrag_jax.ranges import Natural, Positive, checked
 from expertrag_jax.systems import generator
 from expertrag_jax.systems.system import Phase
 
@@ -23,6 +24,7 @@ Array = jax.Array
 
 
 @registry.register("DualEncoder")
+@checked
 @dataclasses.dataclass(frozen=True)
 class DualEncoder:
     """The system; parameters are ``query_encoder`` and, when the towers are not shared, ``passage_encoder``.
@@ -33,8 +35,8 @@ class DualEncoder:
     """
 
     config: DualEncoderConfig
-    temperature: float = 0.05
-    steps: int = 500
+    temperature: Positive = 0.05
+    steps: Natural = 500
     optimizer: Callable[[], optax.GradientTransformation] = lambda: optax.adam(1e-3)
 
     @property

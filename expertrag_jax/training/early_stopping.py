@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.ranges import Count, Weight, checked
 
 _LOG = logging.getLogger(__name__)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class EarlyStopping:
     """When to stop. The best checkpoint stays where ``retention.Retention`` keeps the best by the same metric; whoever
@@ -29,10 +31,10 @@ class EarlyStopping:
     """
 
     metric: str = "eval/loss"
-    patience: int = 2
+    patience: Count = 2
     phases: str = ".*"
     larger_is_better: bool = False
-    min_improvement: float = 0.0
+    min_improvement: Weight = 0.0
 
     def __post_init__(self):
         if self.patience < 1:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.ranges import Count, Fraction, Natural, Positive, Rate, Weight, checked
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -31,15 +32,16 @@ class Scheduled(optax.GradientTransformation):
         return made
 
 
+@checked
 def factors_schedule(
     factors: str = "constant * rsqrt_decay",
-    base_learning_rate: float = 1.0,
-    warmup_steps: int = 10000,
-    decay_factor: float = 0.5,
-    steps_per_decay: int = 20000,
-    steps_per_cycle: int = 100000,
+    base_learning_rate: Weight = 1.0,
+    warmup_steps: Natural = 10000,
+    decay_factor: Positive = 0.5,
+    steps_per_decay: Count = 20000,
+    steps_per_cycle: Count = 100000,
     step_offset: int = 0,
-    min_learning_rate: float = 1e-8,
+    min_learning_rate: Weight = 1e-8,
 ) -> Schedule:
     """A product of factors of the step t, as ``t5x.utils.create_learning_rate_scheduler`` computes it.
 
@@ -91,13 +93,14 @@ def factors_schedule(
     return schedule
 
 
+@checked
 def adafactor(
-    learning_rate: float | Schedule | None = None,
-    decay_rate: float = 0.8,
-    clipping_threshold: float | None = 1.0,
+    learning_rate: Weight | Schedule | None = None,
+    decay_rate: Fraction = 0.8,
+    clipping_threshold: Positive | None = 1.0,
     multiply_by_parameter_scale: bool = True,
-    min_dim_size_to_factor: int = 128,
-    weight_decay: float | None = None,
+    min_dim_size_to_factor: Count = 128,
+    weight_decay: Fraction | None = None,
 ) -> Scheduled:
     """Adafactor (arXiv:1804.04235) with T5's settings: no momentum, factored second moments.
 
@@ -142,13 +145,14 @@ def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x)))
 
 
+@checked
 def adamw(
-    learning_rate: float | Schedule = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
+    learning_rate: Weight | Schedule = 1e-3,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Positive = 1e-8,
+    weight_decay: Weight = 0.0,
+    clip_norm: Positive | None = None,
 ) -> Scheduled:
     """AdamW (arXiv:1711.05101); weight decay spares vectors (norm scales, biases).
 

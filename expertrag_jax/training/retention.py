@@ -12,10 +12,12 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.ranges import Count, Natural, checked
 
 _LOG = logging.getLogger(__name__)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Retention:
     """A checkpoint stays if one of the three rules keeps it; the others are deleted after the next one is written.
@@ -32,9 +34,9 @@ class Retention:
         training are, and no others; None: every phase by itself.
     """
 
-    latest: int = 3
-    every_steps: int | None = None
-    best: int = 0
+    latest: Natural = 3
+    every_steps: Count | None = None
+    best: Natural = 0
     metric: str = "eval/loss"
     larger_is_better: bool = False
     phases: str | None = None

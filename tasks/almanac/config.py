@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.ranges import Count, Fraction, Natural, Seed, Weight, checked
 from tasks.almanac.phrasing import NUM_RELATIONS
 
 STRATA = ("head", "torso", "tail", "never", "volatile")
@@ -73,6 +74,7 @@ class AlmanacError(UserError, ValueError):
     """A configuration that no world can satisfy: what is wrong, and how to mend it."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class AlmanacConfig:
     """Sizes and seed of a generated world; all plain fields, so gin can set them.
@@ -99,28 +101,28 @@ class AlmanacConfig:
       num_retriever_examples: question, positive and hard negative for the dual encoder.
     """
 
-    num_entities: int = 1000
-    seed: int = 0
-    num_first_names: int | None = None
-    num_last_names: int | None = None
-    num_asked_facts: int = 6000
-    num_training_questions: int = 60_000
-    zipf_shift: float = 0.0
-    head_ranks: int | None = None
-    tail_ranks: int = 1500
-    head_share: float = 0.40
-    torso_share: float = 0.15
-    tail_share: float = 0.16
-    never_share: float = 0.17
-    volatile_share: float = 0.12
-    questions_per_fact: int = 2
-    gate_facts: int = 1200
-    validation_facts: int = 600
-    test_questions: int = 4000
+    num_entities: Count = 1000
+    seed: Seed = 0
+    num_first_names: Count | None = None
+    num_last_names: Count | None = None
+    num_asked_facts: Count = 6000
+    num_training_questions: Count = 60_000
+    zipf_shift: Weight = 0.0
+    head_ranks: Natural | None = None
+    tail_ranks: Natural = 1500
+    head_share: Fraction = 0.40
+    torso_share: Fraction = 0.15
+    tail_share: Fraction = 0.16
+    never_share: Fraction = 0.17
+    volatile_share: Fraction = 0.12
+    questions_per_fact: Count = 2
+    gate_facts: Natural = 1200
+    validation_facts: Natural = 600
+    test_questions: Natural = 4000
     lessons: Mapping[str, Lesson] = dataclasses.field(default_factory=lambda: dict(READING_LESSONS))
-    lesson_share: float = 1.0
-    invented_name_share: float = 0.5
-    num_retriever_examples: int = 16_000
+    lesson_share: Fraction = 1.0
+    invented_name_share: Fraction = 0.5
+    num_retriever_examples: Natural = 16_000
 
     def rng(self, stream: str) -> np.random.Generator:
         """The random stream of that name; streams are independent of one another and of the calls' order."""
