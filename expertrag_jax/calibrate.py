@@ -59,10 +59,6 @@ def calibrate(
     if "gate" not in model.params:
         raise UserError(f"{model_dir} holds a {type(model.system).__name__}: it has no gate to calibrate.")
     price = model.system.retrieval_cost if price is None else price
-    if not 0 <= price <= 1:
-        raise UserError(f"--price={price}: the accuracy that a retrieval must be worth is a number from 0 to 1.")
-    if not 0 <= budget <= 1:
-        raise UserError(f"--budget={budget}: the fraction of the questions that may retrieve is a number from 0 to 1.")
     service = service_from_model(model, "gate", index_dir)
     arms = answer_both(service, asked, rule)
     found = gate_training.calibrate(arms.p_ret, arms.correct_without, arms.correct_with, price, budget)

@@ -189,8 +189,6 @@ def demo(
     directory = Path(model_dir).expanduser().absolute()
     if system.gate_objective != "utility":
         raise UserError("the demo measures losses of both arms, which are no labels: set gate_objective = 'utility'.")
-    if not 0 <= retrieval_budget <= 1:
-        raise UserError(f"retrieval_budget is {retrieval_budget}: a fraction of the questions lies between 0 and 1.")
     check_steps((*retriever.phases, *system.phases))
     generated = World(world)  # refuses impossible sizes before anything is written
     recipe_digest = recipe(system, retriever, schedule, task_feature_lengths)

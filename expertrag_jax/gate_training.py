@@ -17,6 +17,7 @@ import numpy as np
 
 from expertrag_jax.answering import Answerer, Questions, pad_rows
 from expertrag_jax.batch import Batch
+from expertrag_jax.files.writing import whole
 from expertrag_jax.gate import calibration, network
 from expertrag_jax.systems.expert_rag import GateExamples
 from expertrag_jax.trained_model import GATE_FILE
@@ -122,7 +123,8 @@ class Calibration:
     def write(self, model_dir: str | Path, checkpoint: str) -> Path:
         """Puts ``gate.json`` into a MODEL_DIR, with the name of the checkpoint that it calibrates; returns its path."""
         path = Path(model_dir) / GATE_FILE
-        path.write_text(json.dumps(dataclasses.asdict(self) | {"checkpoint": checkpoint}, indent=1) + "\n")
+        with whole(path) as file:
+            file.write(json.dumps(dataclasses.asdict(self) | {"checkpoint": checkpoint}, indent=1) + "\n")
         return path
 
 

@@ -7,6 +7,7 @@ stopped goes on where it was when the same command is started again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -19,12 +20,15 @@ from tqdm import tqdm
 
 from expertrag_jax import launch
 from expertrag_jax.errors import UserError
-from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.files.lock import only_writer
+from expertrag_jax.files.paths import LocalPath, target
+from expertrag_jax.files.writing import check_output, whole
 from expertrag_jax.interop.serving import service_from_export
 from expertrag_jax.ranges import Count, checked
-from expertrag_jax.retrieval.corpus import Question, read_questions_jsonl
+from expertrag_jax.retrieval.corpus import Question, read_bytes, read_questions_jsonl
 from expertrag_jax.service import Service, service_from_model
-from expertrag_jax.trained_model import GATE_FILE, open_model
+from expertrag_jax.trained_model import open_model
+from expertrag_jax.training.fingerprints import fingerprints
 
 FLAGS = {
     "--model_dir": ("model_dir", "folder of the trained model, or"),
@@ -80,8 +84,9 @@ def infer(
     if mode not in MODES:
         raise UserError(f"--mode={mode} is unknown: choose one of {', '.join(MODES)}.")
     output = output or default_output(questions, output_dir, mode)
-    check_output(output, overwrite)
-    asked = read_questions_jsonl(questions, require_answers=mode == "score")
+    check_output(output, overwrite, inputs=[questions])
+    content = read_bytes(questions)
+    asked = read_questions_jsonl(questions, require_answers=mode == "score", held=memoryview(content))
     service = open_service(
         model_dir,
         export_dir,
@@ -92,21 +97,22 @@ def infer(
         buckets=buckets,
     )
     service.check(asked, answers=mode == "score")
-    files = [questions, service.source] + ([] if model_dir is None else [Path(model_dir) / GATE_FILE])
-    key = job_key(service, files, mode, retrieve, num_passages)
-    partial = Path(output).with_name(f"{Path(output).name}.{key}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    done = finished_questions(partial, asked)
-    if done:
-        _LOG.info("%s: going on behind %d of %d questions", partial, done, len(asked))
-    run = service.predict if mode == "predict" else service.score
-    with tqdm(total=len(asked), initial=done, unit="question") as bar, open(partial, "a", encoding="utf-8") as file:
-        for start in range(done, len(asked), CHUNK):
-            chunk = asked[start : start + CHUNK]
-            file.writelines(as_line(record) for record in run(chunk))
-            file.flush()
-            bar.update(len(chunk))
-    os.replace(partial, output)
+    partial = partial_file(output, job_key(service, content, mode, retrieve))
+    with only_writer(output, f"the output {output}"):
+        check_output(output, overwrite)  # another job may have finished it meanwhile
+        done = finished_questions(partial, asked)
+        if done:
+            _LOG.info("%s: resuming after %d of %d questions", partial, done, len(asked))
+        run = service.predict if mode == "predict" else service.score
+        bar = tqdm(total=len(asked), initial=done, unit="question")
+        with bar, open(partial, "a", encoding="utf-8") as file:
+            for start in range(done, len(asked), CHUNK):
+                chunk = asked[start : start + CHUNK]
+                file.writelines(as_line(record) for record in run(chunk))
+                file.flush()
+                bar.update(len(chunk))
+            os.fsync(file.fileno())
+        os.replace(partial, target(output))
     _LOG.info("%s: %d questions", output, len(asked))
 
 
@@ -118,19 +124,32 @@ def default_output(questions: str, output_dir: str | None, mode: str) -> str:
     return str(Path(output_dir) / f"{name}-{mode}.jsonl")
 
 
-def job_key(service: Service, files: Sequence[str | Path], *settings: Any) -> str:
-    """Eight hex digits: the same for a job that is repeated, others where a file, the index or a setting differs.
+def partial_file(output: str | Path, key: str) -> Path:
+    """Where the results of an unfinished job are: beside the output."""
+    place = target(output)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place.with_name(f"{place.name}.{key}.partial")
 
-    Files count by their contents; folders, and files that are not there, by their paths.
+
+def job_key(service: Service, questions: bytes, *settings: Any) -> str:
+    """Sixteen hex digits: equal for a job that is repeated, and no others; names and paths do not count.
+
+    Args:
+      service: its parameters, sizes, threshold, vocabularies and index count by their content.
+      questions: the content of their file.
+      settings: what else decides the answers.
     """
     retriever = service.answerer.retriever
-    files = [Path(file) for file in files]
-    if retriever is not None:
-        files.append(Path(retriever.loaded.directory) / "manifest.json")
-    digest = hashlib.sha256(repr(settings).encode())
-    for file in files:
-        digest.update(file.read_bytes() if file.is_file() else os.fsencode(file.absolute()))
-    return digest.hexdigest()[:8]
+    parts = [
+        hashlib.sha256(questions).hexdigest(),
+        dataclasses.asdict(service.settings),
+        fingerprints(service.answerer.programs.params),
+        service.reader_vocabulary.digest,
+        service.retriever_vocabulary.digest,
+        None if retriever is None else retriever.loaded.manifest.digest,
+        settings,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def finished_questions(partial: Path, asked: Sequence[Question]) -> int:
@@ -138,13 +157,25 @@ def finished_questions(partial: Path, asked: Sequence[Question]) -> int:
     if not partial.exists():
         return 0
     kept = []
-    for line, question in zip(partial.read_text(encoding="utf-8").splitlines(keepends=True), asked):
-        if not line.endswith("}\n") or json.loads(line)["id"] != question.id:
+    lines = partial.read_bytes().splitlines(keepends=True)
+    for line, question in zip(lines, asked):
+        if not _is_record_of(line, question):
             break
         kept.append(line)
     kept = kept[: len(kept) // CHUNK * CHUNK]  # the same batches as without the stop, so the same rounding
-    partial.write_text("".join(kept), encoding="utf-8")
+    if len(kept) < len(lines):
+        _LOG.info("%s: %d records of a chunk that was cut off are computed again", partial, len(lines) - len(kept))
+    with whole(partial, "wb") as file:
+        file.writelines(kept)
     return len(kept)
+
+
+def _is_record_of(line: bytes, question: Question) -> bool:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return line.endswith(b"}\n") and isinstance(record, dict) and record.get("id") == question.id
 
 
 def open_service(
@@ -171,23 +202,10 @@ def open_service(
     return service_from_export(export_dir, retrieve, index_dir)
 
 
-def check_output(output: str | Path, overwrite: bool) -> None:
-    """Raises UserError for an output that is a folder, or is there and is not to be replaced."""
-    output = Path(output)
-    if output.is_dir():
-        raise UserError(f"{output} is a folder: name a file to write.")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists: nothing was overwritten; name another file or add --overwrite.")
-
-
 def write_records(output: str | Path, records: Sequence[dict[str, Any]]) -> None:
     """Writes JSON lines, whole or not at all."""
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole(output) as file:
         file.writelines(as_line(record) for record in records)
-    os.replace(partial, output)
 
 
 def as_line(record: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from expertrag_jax.encoders import load_encoder, open_retriever
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluation.answers import check_rule
 from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.files.writing import check_output
 from expertrag_jax.ranges import Count, checked
 from expertrag_jax.retrieval.corpus import read_questions_jsonl, texts_of
 from expertrag_jax.retrieval.hard_negatives import mine_hard_negatives, write_questions
@@ -54,8 +55,7 @@ def mine(
       UserError: bad input, or a file that is there and no ``overwrite``.
     """
     place = Path(output)
-    if place.exists() and not overwrite:
-        raise UserError(f"{place} exists: nothing was overwritten; add --overwrite.")
+    check_output(place, overwrite, inputs=[questions])
     if num_negatives < 1 or candidates < num_negatives:
         raise UserError(f"--num_negatives={num_negatives} must be from 1 up to --candidates={candidates}.")
     asked = read_questions_jsonl(questions)
@@ -66,7 +66,6 @@ def mine(
     tokens = encoder.tokenise(texts_of(asked)) if opened.loaded.index.needs_vectors else None
     rows = mine_hard_negatives(opened, asked, num_negatives, tokens, candidates, rule)
     names = [[opened.loaded.passages.ids[row] for row in found if row >= 0] for found in rows.tolist()]
-    place.parent.mkdir(parents=True, exist_ok=True)
     write_questions(place, asked, names)
     found = np.sum(rows >= 0) / len(asked)
     print(f"{found:.2f} hard negatives for each of {len(asked)} questions: {place}", flush=True)

@@ -45,6 +45,8 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 """From 0 to 1, both included."""
 Rate = Annotated[float, Ge(0), Lt(1)]
 """From 0 to 1, without 1: a dropout rate, a smoothing."""
+Share = Annotated[float, Gt(0), Le(1)]
+"""Above 0 and up to 1."""
 Positive = Annotated[float, Gt(0)]
 """A finite number above 0."""
 Weight = Annotated[float, Ge(0)]

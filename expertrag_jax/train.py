@@ -22,7 +22,9 @@ from jax.sharding import Mesh
 from expertrag_jax import launch, partitioning
 from expertrag_jax.assembly import READER_VOCABULARY, RETRIEVER_VOCABULARY
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.lock import only_writer
 from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.files.writing import whole
 from expertrag_jax.moe.collapse import CollapseAlarm
 from expertrag_jax.ranges import Count, Natural, Positive, Seed, checked
 from expertrag_jax.retrieval.manifest import read_manifest
@@ -30,6 +32,7 @@ from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.mark import Reached
 from expertrag_jax.systems.system import Phase, System
 from expertrag_jax.training import loop
+from expertrag_jax.training.agreement import any_problem
 from expertrag_jax.training.compilation import keep_programs
 from expertrag_jax.training.early_stopping import EarlyStopping
 from expertrag_jax.training.goodput import last_saved, read_summary
@@ -176,7 +179,7 @@ def train(
     first = jax.process_index() == 0
     told = first and progress is None
     run = partitioning.activation_rules(activation_rules)(loop.train)
-    with announced(directory, phases, mesh) if told else contextlib.nullcontext():
+    with only_training(directory), announced(directory, phases, mesh) if told else contextlib.nullcontext():
         state = run(
             system, datasets, directory, mesh=mesh, rules=parameter_rules, phases=phases, seed=seed,
             microbatches=microbatches, checkpoint_period=checkpoint_period, keep_checkpoints=keep_checkpoints,
@@ -250,9 +253,30 @@ def keep_configuration(directory: Path, files: Mapping[str, tuple[str, Vocabular
     if not text.strip():  # called from Python, not from gin
         return
     written = sorted(directory.glob("config*.gin")) if trained else []
-    if not any(path.read_text() == text for path in written):
+    if not any(path.read_text(errors="replace") == text for path in written):
         name = "config.gin" if not written else f"config-{len(written)}.gin"
-        (directory / name).write_text(text)
+        with whole(directory / name) as file:
+            file.write(text)
+
+
+@contextlib.contextmanager
+def only_training(directory: Path) -> Iterator[None]:
+    """Keeps every other training out of MODEL_DIR; process 0 holds the lock for all.
+
+    Raises:
+      UserError: another job trains in it; in every process.
+    """
+    with contextlib.ExitStack() as held:
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                held.enter_context(only_writer(directory, f"MODEL_DIR {directory}", inside=True))
+            except UserError as error:
+                problem = str(error)
+        problem = any_problem(problem)
+        if problem is not None:
+            raise UserError(problem)
+        yield
 
 
 @contextlib.contextmanager

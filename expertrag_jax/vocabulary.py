@@ -15,6 +15,7 @@ import sentencepiece
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.files.writing import whole
 from expertrag_jax.ranges import Count, Natural, checked
 
 PAD_ID = 0
@@ -94,12 +95,8 @@ class Vocabulary:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the model file, whole or not at all."""
-        path = os.fspath(path)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        partial = f"{path}.partial"
-        with open(partial, "wb") as file:
+        with whole(path, "wb") as file:
             file.write(self._model)
-        os.replace(partial, path)
 
 
 @checked

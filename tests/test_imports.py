@@ -41,7 +41,6 @@ HOUSE = (
     ("decoding", ("decoding",)),
     ("batch", ("batch",)),
     ("partitioning", ("partitioning",)),
-    ("directories", ("directories",)),
     ("native output", ("native_output",)),
     ("disk", ("disk",)),
     ("ranges", ("ranges",)),

@@ -14,7 +14,7 @@ import numpy as np
 
 from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
-from expertrag_jax.ranges import Count, checked
+from expertrag_jax.ranges import Natural, checked
 
 Batches = Callable[[int], Iterator[Batch]]
 
@@ -66,7 +66,7 @@ class Interleave:
     """
 
     pipelines: Sequence[Batches]
-    weights: Sequence[Count]
+    weights: Sequence[Natural]
 
     def __post_init__(self):
         wrong = [w for w in self.weights if w != int(w) or w < 0]

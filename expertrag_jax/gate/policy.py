@@ -93,10 +93,6 @@ class Random:
     seed: Seed = 0
     needs: ClassVar[tuple[str, ...]] = ("example_ids",)
 
-    def __post_init__(self):
-        if not 0 <= self.rate <= 1:
-            raise UserError(f"gate policy Random has rate {self.rate}: it must lie between 0 and 1.")
-
     def decide(self, inputs: PolicyInputs) -> np.ndarray:
         """[B] bool from ``example_ids`` [B]."""
         return uniform_hash(inputs.get("example_ids", "Random"), self.seed) < self.rate

@@ -14,17 +14,19 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import expertrag_jax
-from expertrag_jax import directories
 from expertrag_jax.errors import UserError
+from expertrag_jax.files import directories
+from expertrag_jax.files.directories import MANIFEST_NAME
+from expertrag_jax.files.lock import only_writer
+from expertrag_jax.files.paths import target
 from expertrag_jax.retrieval.manifest import file_entry
 
-MANIFEST_NAME, PARAMETERS, PROGRAMS = "manifest.json", "parameters", "programs"
+PARAMETERS, PROGRAMS = "parameters", "programs"
 FORMAT, FORMAT_VERSION = "expertrag_jax.export", 1
 _LIBRARIES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
 
@@ -67,19 +69,7 @@ def check_writable(directory: str | Path, overwrite: bool = False) -> None:
     Raises:
       UserError: an export is there and ``overwrite`` is False, or something else is there.
     """
-    directory = Path(directory)
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not (directory / MANIFEST_NAME).is_file():
-        raise UserError(
-            f"{directory} exists and is not an export: nothing was overwritten; name another directory."
-        )
-    read_manifest(directory)  # an index has a manifest of that name too
-    if not overwrite:
-        raise UserError(
-            f"{directory} already holds an export: nothing was overwritten; name another directory or add "
-            "--overwrite."
-        )
+    directories.check_replaceable(target(directory), "export", FORMAT, overwrite)
 
 
 @contextlib.contextmanager
@@ -89,9 +79,9 @@ def written(directory: str | Path, overwrite: bool = False) -> Iterator[tuple[Pa
     Raises:
       UserError: see `check_writable`.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = target(directory)
     check_writable(directory, overwrite)
-    with directories.built_beside(directory) as built:
+    with only_writer(directory, f"the export {directory}"), directories.built_beside(directory) as built:
         fields: dict[str, Any] = {}
         yield built, fields
         files = sorted(path for path in built.rglob("*") if path.is_file())

@@ -211,13 +211,23 @@ def write_passages_tsv(passages: Passages, path: str | Path) -> None:
             writer.writerows(zip(passages.ids, passages.texts, passages.titles))
 
 
-def json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
+def read_bytes(path: str | Path) -> bytes:
+    """All of a file or pipe; UserError where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def json_lines(path: str | Path, held: memoryview | None = None) -> Iterator[tuple[int, dict]]:
     """(line number from 1, object) of each non-empty line of a JSON-lines file, plain or gzipped.
+
+    ``held``: see ``open_text``.
 
     Raises:
       UserError: the file cannot be read, or a line is not a JSON object (with its number).
     """
-    with open_text(path) as lines:
+    with open_text(path, held) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield number, json_object(line, f"{path}:{number}")
@@ -274,19 +284,22 @@ def _strings(record: dict, field: str, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def read_questions_jsonl(path: str | Path, require_answers: bool = True) -> list[Question]:
+def read_questions_jsonl(
+    path: str | Path, require_answers: bool = True, held: memoryview | None = None
+) -> list[Question]:
     """Read questions: JSON objects with `question`, `answers`, optional `id` (or `_id`), `gold_passage_ids` and others.
 
     Args:
       path: JSON lines, plain or gzipped.
       require_answers: refuse records without answers (training, evaluation); False for inference.
+      held: see ``open_text``.
 
     Raises:
       UserError: unreadable file, bad JSON, a missing or ill-typed field (file and line), an id that occurs
         twice, or no question at all.
     """
     questions, seen = [], {}
-    for line, record in json_lines(path):
+    for line, record in json_lines(path, held):
         where = f"{path}:{line}"
         text = record.get("question")
         if not isinstance(text, str) or not text.strip():

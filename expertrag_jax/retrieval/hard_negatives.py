@@ -14,6 +14,7 @@ import numpy as np
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluation.answers import has_answer
+from expertrag_jax.files.writing import whole
 from expertrag_jax.retrieval.corpus import HARD_NEGATIVES, Passages, Question
 from expertrag_jax.retrieval.protocol import ABSENT_ROW
 from expertrag_jax.retrieval.retriever import Retriever
@@ -87,7 +88,7 @@ def named_negatives(questions: Sequence[Question], passages: Passages, count: in
 
 def write_questions(path: str | Path, questions: Sequence[Question], negatives: Sequence[Sequence[str]]) -> None:
     """Writes the questions as JSON lines, with the ids of their hard negatives; those named before stay in front."""
-    with open(path, "w", encoding="utf-8") as file:
+    with whole(path) as file:
         for question, names in zip(questions, negatives, strict=True):
             record = {
                 "id": question.id,

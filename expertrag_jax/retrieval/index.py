@@ -17,10 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from expertrag_jax import directories
 from expertrag_jax.errors import UserError
+from expertrag_jax.files import directories
+from expertrag_jax.files.lock import only_writer
+from expertrag_jax.files.paths import target
 from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv, write_passages_tsv
 from expertrag_jax.retrieval.manifest import (
+    FORMAT,
     MANIFEST_NAME,
     Manifest,
     check_files,
@@ -103,18 +106,7 @@ def check_writable(directory: str | Path, overwrite: bool = False) -> None:
     Raises:
       UserError: an index is there and `overwrite` is False, or something else is there.
     """
-    directory = Path(directory)
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not (directory / MANIFEST_NAME).is_file():
-        raise UserError(
-            f"{directory} exists and is not an index: nothing was overwritten; name another directory"
-        )
-    if not overwrite:
-        raise UserError(
-            f"{directory} already holds an index: nothing was overwritten; name another directory or set "
-            "overwrite"
-        )
+    directories.check_replaceable(target(directory), "index", FORMAT, overwrite)
 
 
 def _check_parts(passages: Passages, tokens: np.ndarray | None, vectors: np.ndarray | None) -> None:
@@ -155,10 +147,10 @@ def write_index(
     Raises:
       UserError: see `check_writable`; or the arrays do not fit the corpus.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = target(directory)
     check_writable(directory, overwrite)
     _check_parts(passages, passage_tokens, vectors)
-    with directories.built_beside(directory) as built:
+    with only_writer(directory, f"the index {directory}"), directories.built_beside(directory) as built:
         write_passages_tsv(passages, built / PASSAGES_NAME)
         if passage_tokens is not None:
             np.save(built / TOKENS_NAME, np.asarray(passage_tokens, np.int32), allow_pickle=False)

@@ -13,8 +13,8 @@ import numpy as np
 
 import expertrag_jax
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.directories import MANIFEST_NAME
 
-MANIFEST_NAME = "manifest.json"
 FORMAT = "expertrag_jax.index"
 FORMAT_VERSION = 1
 _LIBRARIES = ("numpy", "jax", "scann", "bm25s", "PyStemmer")

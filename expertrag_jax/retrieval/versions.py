@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from expertrag_jax import directories
 from expertrag_jax.errors import UserError
+from expertrag_jax.files import directories
 from expertrag_jax.retrieval.manifest import MANIFEST_NAME
 
 CURRENT = "current"

@@ -43,7 +43,7 @@ from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import DecoderCache, Memory
-from expertrag_jax.ranges import Count, Fraction, Natural, Positive, Rate, Weight, checked
+from expertrag_jax.ranges import Count, Natural, Positive, Rate, Share, Weight, checked
 from expertrag_jax.systems import generator, permutations
 from expertrag_jax.systems.expert_rag import ExpertRAG, Question
 from expertrag_jax.systems.system import Phase
@@ -136,7 +136,7 @@ class DRO:
     iterations: Natural = 5
     online: bool = False
     temperature: Positive = 1.0
-    top_p: Fraction = 1.0
+    top_p: Share = 1.0
     max_target_length: Count = 16
     label_smoothing: Rate = 0.0
     z_loss: Weight = 0.0
@@ -152,15 +152,6 @@ class DRO:
         if not 1 <= self.num_selected <= self.num_candidates:
             raise UserError(
                 f"num_selected is {self.num_selected}: it must lie between 1 and num_candidates={self.num_candidates}."
-            )
-        if self.num_samples < 1 or self.iterations < 0:
-            raise UserError(
-                f"num_samples is {self.num_samples} and iterations {self.iterations}: give 1 or more, and 0 or more."
-            )
-        if not (self.temperature > 0 and 0 < self.top_p <= 1):
-            raise UserError(
-                f"temperature is {self.temperature} and top_p {self.top_p}: the first must be above 0, the second "
-                "above 0 and at most 1."
             )
 
     @property

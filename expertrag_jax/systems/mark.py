@@ -42,11 +42,6 @@ class Reached:
     retries: Natural = 1
 
     def __post_init__(self):
-        if self.over < 1 or self.at_least < 0 or self.retries < 0:
-            raise UserError(
-                f"Reached({self.metric!r}) has over={self.over}, at_least={self.at_least} and retries={self.retries}: "
-                "over must be at least 1, and the others at least 0."
-            )
         if self.if_missed not in IF_MISSED:
             raise UserError(f"Reached.if_missed is {self.if_missed!r}; it must be one of {', '.join(IF_MISSED)}.")
 

@@ -64,6 +64,7 @@ class Checkpoints:
         directory = Path(directory).absolute()
         cut_off = _half_written(directory) if jax.process_index() == 0 else []  # opening removes them
         self._held = Held()
+        self._saving: Any = None  # what the last asynchronous save answered: it keeps a thread and three files open
         self._checkpointer = ocp.training.Checkpointer(
             directory, preservation_policy=self._keep.policy(self._held), cleanup_tmp_directories=True
         )
@@ -77,7 +78,10 @@ class Checkpoints:
     def __exit__(self, kind: Any, *_: Any) -> None:
         try:
             with self._explained():
-                self._checkpointer.close()
+                try:
+                    self._finish()
+                finally:
+                    self._checkpointer.close()
         except Exception as error:
             if kind is None:
                 raise
@@ -112,12 +116,21 @@ class Checkpoints:
         measured = self._keep.measured(step, metadata.get("phase", ""), metrics or {})
         save = self._checkpointer.save_async if self._asynchronous else self._checkpointer.save
         with self._explained():
-            save(step, tree, custom_metadata=sealed(described), metrics=measured, force=True)
+            self._finish()
+            answer = save(step, tree, custom_metadata=sealed(described), metrics=measured, force=True)
+        self._saving = answer if self._asynchronous else None
 
     def wait(self) -> None:
         """Returns when what was saved is on disk; UserError: see ``save``."""
         with self._explained():
+            self._finish()
             self._checkpointer.wait()
+
+    def _finish(self) -> None:
+        """Waits for the last asynchronous save and frees what it holds."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def newest_whole(self, read: Callable[[int], _T]) -> _T:
         """``read(step)`` of the newest checkpoint for which it does not raise ``Damaged``.

@@ -37,8 +37,6 @@ class EarlyStopping:
     min_improvement: Weight = 0.0
 
     def __post_init__(self):
-        if self.patience < 1:
-            raise UserError(f"EarlyStopping.patience is {self.patience}: it must be at least 1.")
         try:
             re.compile(self.phases)
         except re.error as error:

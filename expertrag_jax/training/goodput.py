@@ -7,11 +7,12 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from expertrag_jax.files.writing import whole
 
 FILE = "goodput.json"
 
@@ -123,8 +124,8 @@ class Goodput:
         """Writes ``goodput.json`` with this start and all of them; it appears whole."""
         this = self.spent
         text = json.dumps({"this_start": _rounded(this), "total": _rounded(self.earlier + this)}, indent=1)
-        (directory / f"{FILE}.new").write_text(text + "\n")
-        os.replace(directory / f"{FILE}.new", directory / FILE)
+        with whole(directory / FILE) as file:
+            file.write(text + "\n")
 
 
 def last_saved(directory: Path) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,30 @@ import numpy as np
 from expertrag_jax.training.mastery import summary
 from expertrag_jax.training.model_dir import LOGS
 
+_LOG = logging.getLogger(__name__)
+
 
 def read_records(model_dir: str | Path) -> list[dict[str, Any]]:
     """The records of a run in their order; none where nothing was logged."""
-    path = Path(model_dir) / LOGS / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_lines(Path(model_dir) / LOGS / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; what is damaged, or was cut off by a kill, is left out with a warning."""
+    if not path.is_file():
+        return []
+    found, damaged = [], []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+            found.append(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damaged.append(number)
+    if damaged and damaged != [len(lines)]:  # a last line that a kill cut off is no news
+        _LOG.warning("%s: %d of %d lines are damaged and left out", path, len(damaged), len(lines))
+    return found
 
 
 def losses_by_phase(model_dir: str | Path) -> dict[str, list[tuple[int, float]]]:

@@ -6,10 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.lock import LOCK
+from expertrag_jax.files.paths import target
 
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
-_KNOWN = ("config*.gin", "vocabulary*", LOGS, CHECKPOINTS)
+_KNOWN = ("config*.gin", "vocabulary*", LOGS, CHECKPOINTS, LOCK)
 
 
 def open_model_dir(path: str | Path) -> Path:
@@ -20,7 +22,7 @@ def open_model_dir(path: str | Path) -> Path:
     Raises:
       UserError: it is a file, cannot be made, or holds something else, which is left as it is.
     """
-    path = Path(path).expanduser().absolute()
+    path = target(path)
     if path.exists() and not path.is_dir():
         raise UserError(
             f"MODEL_DIR {path} is a file: name a directory that is new, empty or a model directory."

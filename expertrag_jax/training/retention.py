@@ -11,7 +11,6 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
-from expertrag_jax.errors import UserError
 from expertrag_jax.ranges import Count, Natural, checked
 
 _LOG = logging.getLogger(__name__)
@@ -40,13 +39,6 @@ class Retention:
     metric: str = "eval/loss"
     larger_is_better: bool = False
     phases: str | None = None
-
-    def __post_init__(self):
-        if self.latest < 0 or self.best < 0 or (self.every_steps is not None and self.every_steps < 1):
-            raise UserError(
-                f"Retention keeps latest={self.latest}, every_steps={self.every_steps}, best={self.best}: none of "
-                "them is negative, and every_steps is at least 1."
-            )
 
     def policy(self, held: Held | None = None) -> ocp.training.preservation_policies.PreservationPolicy | None:
         """Orbax's policy, which also keeps what is ``held``; None keeps all."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,9 +13,11 @@ import numpy as np
 from absl import logging
 
 from expertrag_jax import disk
+from expertrag_jax.files.writing import whole
 from expertrag_jax.partitioning import path_name
 from expertrag_jax.training.events import Events
 from expertrag_jax.training.goodput import Goodput, repeated_seconds
+from expertrag_jax.training.log import read_lines
 
 Progress = Callable[[Mapping[str, Any]], None]
 
@@ -66,11 +67,10 @@ class Telemetry:
     def _open(self, step: int) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / "metrics.jsonl"
-        found = [json.loads(line) for line in _complete_lines(path)]
+        found = read_lines(path)
         self.goodput.resume(self._directory, repeated_seconds(found, step))
-        kept = path.with_name(f"{path.name}.new")  # renamed, so that a kill or a full disk loses nothing
-        kept.write_text("".join(json.dumps(record) + "\n" for record in found if record["step"] <= step))
-        os.replace(kept, path)
+        with whole(path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in found if record["step"] <= step)
         self._events = Events(self._directory, step)
         self._file = path.open("a")
 
@@ -181,10 +181,3 @@ def token_count(batch: Any) -> int:
         if name.endswith("tokens") and name != "decoder_input_tokens":
             total += int(np.count_nonzero(leaf))
     return total
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """The JSON lines of a file; a last one that a killed run left unfinished is left out."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]

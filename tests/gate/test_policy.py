@@ -32,7 +32,7 @@ def test_random_is_nested_and_reaches_both_ends():
     low, high = policy.Random(0.2).decide(ids), policy.Random(0.6).decide(ids)
     assert not (low & ~high).any()
     assert not policy.Random(0.0).decide(ids).any() and policy.Random(1.0).decide(ids).all()
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with pytest.raises(UserError, match="a number from 0 to 1"):
         policy.Random(1.5)
 
 

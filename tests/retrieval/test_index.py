@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from expertrag_jax import directories
 from expertrag_jax.errors import UserError
+from expertrag_jax.files import directories
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.index import Queries, check_writable, make_index, open_index, write_index
 from expertrag_jax.retrieval.manifest import check_matches, parameters_digest, read_manifest

@@ -236,7 +236,7 @@ def test_tree_axes_description_and_online(tiny):
         ({"num_selected": 9}, "between 1 and num_candidates=8"),
         ({"num_samples": 0}, "num_samples is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
     ],
 )
 def test_impossible_settings_are_refused(tiny, fields, message):

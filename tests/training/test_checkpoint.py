@@ -229,5 +229,5 @@ def test_phases_can_be_compared_with_one_another(toy, mesh, tmp_path, caplog):
 
 @pytest.mark.parametrize("values", [{"latest": -1}, {"every_steps": 0}, {"best": -2}])
 def test_a_retention_that_means_nothing_is_refused(values):
-    with pytest.raises(UserError, match="none of them is negative"):
+    with pytest.raises(UserError, match="Retention.* must be a whole number"):
         Retention(**values)

@@ -55,7 +55,7 @@ def test_other_phases_and_metrics_do_not_count():
 
 
 def test_impossible_rules_are_refused():
-    for fields, message in (({"patience": 0}, "at least 1"), ({"phases": "("}, "not a regular expression")):
+    for fields, message in (({"patience": 0}, "from 1 to"), ({"phases": "("}, "not a regular expression")):
         with pytest.raises(UserError, match=message):
             EarlyStopping(**fields)
 

@@ -1,0 +1,126 @@
+"""One writer at a time: a lock that ends with its process, and says who holds it.
+
+The lock is ``flock`` on a file, which the system releases when the process ends, however it ends. Over a network file
+system it holds as far as that system passes ``flock`` on (NFS 4, Lustre with ``-o flock``); where locks are not
+supported a warning says so and the work goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import target
+
+LOCK = ".lock"
+_LOG = logging.getLogger(__name__)
+_HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EACCES)
+_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def only_writer(path: str | os.PathLike, what: str, inside: bool = False) -> Iterator[None]:
+    """Holds the lock of an output while the block runs.
+
+    Args:
+      path: a file or folder, whose lock is the file ``.NAME.lock`` beside it.
+      what: is written, for the message of whoever comes second: ``"MODEL_DIR runs/qa"``.
+      inside: the lock is the file ``LOCK`` in the folder, for one that is written in place.
+
+    Raises:
+      UserError: another process holds it; names the process.
+    """
+    path = target(path)
+    place = path / LOCK if inside else path.with_name(f".{path.name}.lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _acquire(place, what)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(place)  # while it is held: whoever opened this file looks again, see `_acquire`
+            os.close(descriptor)
+
+
+def is_dead(path: Path) -> bool:
+    """Whether nobody holds the lock on a file or folder itself, as ``locked`` does; one a second old may be new."""
+    try:
+        if time.time() - os.stat(path).st_mtime < 1:
+            return False
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Locks a file or folder of this process's own, so that others see that its writer lives (``is_dead``)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # without locks nobody can prove that the writer is dead either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(place: Path, what: str) -> int | None:
+    """A descriptor that holds the lock; None where locks are not supported."""
+    while True:
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if error.errno in _UNSUPPORTED:
+                _LOG.warning("%s is on a file system without locks: nothing keeps a second writer out", what)
+                return None
+            if error.errno not in _HELD_ELSEWHERE:
+                raise
+            raise UserError(
+                f"{what} is being written by {holder}: wait for it, end it, or name another place; nothing was changed."
+            ) from None
+        if _is_same(descriptor, place):  # not one that its holder has just removed
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(_self()).encode())
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_same(descriptor: int, place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(place))
+    except FileNotFoundError:
+        return False
+
+
+def _self() -> dict[str, str | int]:
+    command, since = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]), time.strftime("%H:%M:%S")
+    return {"process": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        told = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {told['process']} on {told['host']} ({told['command']}, since {told['since']})"
+    except (ValueError, KeyError, TypeError, OSError):
+        return "another process"
