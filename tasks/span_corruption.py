@@ -63,8 +63,8 @@ def register_mixture(name: str, tasks: Sequence[seqio.Task | str], rates: Sequen
     Raises:
       UserError: no tasks, another number of rates, or rates that are not above 0.
     """
-    if not tasks or len(tasks) != len(rates) or min(rates) <= 0:
-        raise UserError(f"mixture {name} has {len(tasks)} tasks and rates {list(rates)}: give each task a rate above 0")
+    if not tasks or len(tasks) != len(rates):
+        raise UserError(f"mixture {name} has {len(tasks)} tasks and rates {list(rates)}: give each task a rate.")
     if name in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.remove(name)
     names = [task if isinstance(task, str) else task.name for task in tasks]

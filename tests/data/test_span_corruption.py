@@ -153,5 +153,5 @@ def test_what_does_not_fit_is_one_sentence(files, vocabularies):
         read({"inputs": 512, "targets": 114, "query": 1}, sentinels=27)
     with pytest.raises(UserError, match="either CORPUS"):
         register_span_corruption(vocabularies)
-    with pytest.raises(UserError, match="a rate above 0"):
+    with pytest.raises(UserError, match="each is a number above 0"):
         register_mixture("none", ["span_corruption"], [0])

@@ -181,7 +181,7 @@ def test_a_metric_that_the_phase_does_not_log_is_refused(run):
 
 
 def test_impossible_marks_are_refused():
-    with pytest.raises(UserError, match="over must be at least 1"):
+    with pytest.raises(UserError, match="Reached.over is 0"):
         Reached("loss", 1.0, over=0)
     with pytest.raises(UserError, match="if_missed is 'again'; it must be one of continue, stop, retry"):
         Reached("loss", 1.0, if_missed="again")
