@@ -100,6 +100,7 @@ class Retriever:
           k: passages per question; may exceed the corpus.
         """
         rows, scores = self.search(texts, query_tokens, k)
+        self._check_rows(rows)
         return Retrieved(rows, scores, self.tokens_of(rows))
 
     def tokens_of(self, rows: np.ndarray) -> np.ndarray | None:
@@ -107,7 +108,10 @@ class Retriever:
         tokens = self.loaded.tokens
         if tokens is None:
             return None
+        self._check_rows(rows)
         found = np.asarray(tokens[np.maximum(rows, 0)], np.int32)
+        if found.size and found.min() < 0:
+            raise UserError(f"{self.loaded.directory} is damaged (it stores negative tokens): build the index again.")
         found[rows == ABSENT_ROW] = 0
         return found
 
@@ -116,6 +120,7 @@ class Retriever:
         vectors = self.loaded.vectors
         if vectors is None:
             return None
+        self._check_rows(rows)
         found = np.asarray(vectors[np.maximum(rows, 0)], np.float32)
         found[rows == ABSENT_ROW] = 0
         return found
@@ -139,6 +144,13 @@ class Retriever:
             if result is not None:
                 rows[place], scores[place] = result
         return rows, scores
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        """UserError where a row points outside of the corpus, as an index that was tampered with may have it."""
+        if rows.size and not (ABSENT_ROW <= rows.min() and rows.max() < len(self.loaded)):
+            raise UserError(
+                f"{self.loaded.directory} is damaged (it finds passages that it does not hold): build the index again."
+            )
 
     def _search(self, texts, query_tokens, k):
         vectors = None
