@@ -7,7 +7,6 @@ arms are measured once per question, and the gate then trains on the measurement
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from expertrag_jax.answering import Answerer, Questions, pad_rows
 from expertrag_jax.batch import Batch
+from expertrag_jax.files.sealed import sealed
 from expertrag_jax.files.writing import whole
 from expertrag_jax.gate import calibration, network
 from expertrag_jax.systems.expert_rag import GateExamples
@@ -124,7 +124,7 @@ class Calibration:
         """Puts ``gate.json`` into a MODEL_DIR, with the name of the checkpoint that it calibrates; returns its path."""
         path = Path(model_dir) / GATE_FILE
         with whole(path) as file:
-            file.write(json.dumps(dataclasses.asdict(self) | {"checkpoint": checkpoint}, indent=1) + "\n")
+            file.write(sealed(dataclasses.asdict(self) | {"checkpoint": checkpoint}))
         return path
 
 

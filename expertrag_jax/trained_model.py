@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from expertrag_jax import ranges
 from expertrag_jax.assembly import (
     READER_VOCABULARY,
     RETRIEVER_VOCABULARY,
@@ -18,7 +18,9 @@ from expertrag_jax.assembly import (
     refreshed_encoder_digest,
 )
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.sealed import unsealed
 from expertrag_jax.gate.network import with_calibration
+from expertrag_jax.ranges import Fraction, Number, Positive
 from expertrag_jax.retrieval import versions
 from expertrag_jax.retrieval.manifest import read_manifest
 from expertrag_jax.systems.description import rebuild
@@ -149,11 +151,14 @@ def _calibration(model_dir: Path, source: Path) -> dict[str, float]:
     path = model_dir / GATE_FILE
     if not path.is_file():
         return {}
-    try:
-        stored = json.loads(path.read_text())
-        found = {name: float(stored[name]) for name in ("threshold", "scale", "bias")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): run `expertrag calibrate` again.") from None
+    remedy = "run `expertrag calibrate --overwrite`"
+    stored = unsealed(path, remedy)
+    for name, hint in {"threshold": Fraction, "scale": Positive, "bias": Number}.items():
+        wanted = ranges.problem(stored.get(name), hint)
+        if wanted is not None:
+            value = ranges.shown(stored.get(name))
+            raise UserError(f"{path} is damaged ({name} is {value}, and must be {wanted}): {remedy}.")
+    found = {name: float(stored[name]) for name in ("threshold", "scale", "bias")}
     if stored.get("checkpoint", source.name) != source.name:
         raise UserError(
             f"{path} calibrates the gate of checkpoint {stored['checkpoint']} and this is {source.name}: run "

@@ -13,21 +13,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import expertrag_jax
+from expertrag_jax import ranges
 from expertrag_jax.errors import UserError
-from expertrag_jax.files import directories
+from expertrag_jax.files import directories, sealed
 from expertrag_jax.files.directories import MANIFEST_NAME
 from expertrag_jax.files.lock import only_writer
 from expertrag_jax.files.paths import target
+from expertrag_jax.ranges import Count
 from expertrag_jax.retrieval.manifest import file_entry
 
 PARAMETERS, PROGRAMS = "parameters", "programs"
 FORMAT, FORMAT_VERSION = "expertrag_jax.export", 1
+_REMEDY = "copy the whole directory again, or export again"
 _LIBRARIES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
 
 
@@ -54,7 +56,7 @@ class ExportManifest:
     platforms: list[str]
     versions: dict[str, str]
     files: dict[str, dict[str, Any]]
-    format_version: int = FORMAT_VERSION
+    format_version: Count = FORMAT_VERSION
 
 
 def library_versions() -> dict[str, str]:
@@ -87,8 +89,8 @@ def written(directory: str | Path, overwrite: bool = False) -> Iterator[tuple[Pa
         files = sorted(path for path in built.rglob("*") if path.is_file())
         entries = {path.relative_to(built).as_posix(): file_entry(path) for path in files}
         manifest = ExportManifest(versions=library_versions(), files=entries, **fields)
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1, sort_keys=True)
-        (built / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        text = sealed.sealed({"format": FORMAT, **dataclasses.asdict(manifest)})
+        (built / MANIFEST_NAME).write_text(text, encoding="utf-8")
         for path in [*built.rglob("*"), built]:
             directories.sync(path)
         check_writable(directory, overwrite)
@@ -107,29 +109,22 @@ def read_manifest(directory: str | Path) -> ExportManifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{directory} is not an export: it has no {MANIFEST_NAME}.")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}): export the model again.") from None
-    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+    fields = sealed.unsealed(path, _REMEDY)
+    if fields.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not the manifest of an export: name what `expertrag export` wrote.")
     if fields.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {fields.get('format_version')} but this release reads "
-            f"{FORMAT_VERSION}: export the model again."
-        )
-    try:
-        return ExportManifest(**fields)
-    except TypeError:
-        raise UserError(f"{path} is damaged (it lacks fields of a manifest): export again.") from None
+        version = ranges.shown(fields.get("format_version"))
+        raise UserError(f"{path} has format version {version} but this release reads {FORMAT_VERSION}: export again.")
+    manifest = sealed.build(ExportManifest, fields, path, _REMEDY)
+    sealed.check_file_names(manifest.files, path, _REMEDY)
+    return manifest
 
 
 def check_files(directory: str | Path, manifest: ExportManifest) -> None:
     """Raises UserError for the first file that is missing or is not the one that was written."""
     for name, entry in manifest.files.items():
         path = Path(directory) / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing from the export: copy the whole directory, or export again.")
+        sealed.check_is_file(path, "the export", _REMEDY)
         if file_entry(path) != entry:
             raise UserError(
                 f"{path} is damaged (its SHA-256 is not the manifest's): copy it again, or export again."

@@ -21,6 +21,7 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.files import directories
 from expertrag_jax.files.lock import only_writer
 from expertrag_jax.files.paths import target
+from expertrag_jax.files.sealed import sealed
 from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv, write_passages_tsv
 from expertrag_jax.retrieval.manifest import (
     FORMAT,
@@ -172,7 +173,7 @@ def write_index(
             versions=library_versions(),
             files={path.relative_to(built).as_posix(): file_entry(path) for path in files},
         )
-        (built / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        (built / MANIFEST_NAME).write_text(sealed(manifest.fields()), encoding="utf-8")
         for path in [*built.rglob("*"), built]:
             directories.sync(path)
         check_writable(directory, overwrite)

@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 
 import expertrag_jax
+from expertrag_jax import ranges
 from expertrag_jax.errors import UserError
+from expertrag_jax.files import sealed
 from expertrag_jax.files.directories import MANIFEST_NAME
+from expertrag_jax.ranges import Count
 
 FORMAT = "expertrag_jax.index"
 FORMAT_VERSION = 1
+_REMEDY = "copy the whole directory again, or build the index again"
 _LIBRARIES = ("numpy", "jax", "scann", "bm25s", "PyStemmer")
 
 
@@ -43,15 +47,15 @@ class Manifest:
     kind: str
     metric: str
     settings: dict
-    count: int
-    dimension: int | None
-    token_length: int | None
+    count: Count
+    dimension: Count | None
+    token_length: Count | None
     corpus_digest: str
     encoder_digest: str | None
     vocabulary_digests: dict[str, str]
     versions: dict[str, str]
-    files: dict[str, dict]
-    format_version: int = FORMAT_VERSION
+    files: dict[str, dict[str, Any]]
+    format_version: Count = FORMAT_VERSION
 
     @property
     def digest(self) -> str:
@@ -60,7 +64,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, so equal manifests have equal text."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, sort_keys=True) + "\n"
+        return json.dumps(self.fields(), indent=1, sort_keys=True) + "\n"
+
+    def fields(self) -> dict[str, Any]:
+        """What the file holds beside its checksum."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -75,24 +83,17 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{directory} is not an index: it has no {MANIFEST_NAME}")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}): build the index again") from None
-    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+    fields = sealed.unsealed(path, _REMEDY)
+    if fields.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not the manifest of an index of expertrag_jax: name an index directory")
     if fields.get("format_version") != FORMAT_VERSION:
+        version = ranges.shown(fields.get("format_version"))
         raise UserError(
-            f"{path} has format version {fields.get('format_version')} but this release reads "
-            f"{FORMAT_VERSION}: "
-            "build the index again"
+            f"{path} has format version {version} but this release reads {FORMAT_VERSION}: build the index again"
         )
-    try:
-        return Manifest(**fields)
-    except TypeError:
-        raise UserError(
-            f"{path} is damaged (its fields are not those of a manifest): build the index again"
-        ) from None
+    manifest = sealed.build(Manifest, fields, path, _REMEDY)
+    sealed.check_file_names(manifest.files, path, _REMEDY)
+    return manifest
 
 
 def file_entry(path: Path) -> dict:
@@ -109,10 +110,7 @@ def check_files(directory: str | Path, manifest: Manifest, contents: bool = True
     """
     for name, entry in manifest.files.items():
         path = Path(directory) / name
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing from the index: copy the whole directory, or build the index again"
-            )
+        sealed.check_is_file(path, "the index", "copy the whole directory, or build the index again")
         if path.stat().st_size != entry["bytes"] or (contents and file_entry(path) != entry):
             raise UserError(
                 f"{path} is damaged (its SHA-256 is not the manifest's): copy or build the index again"
