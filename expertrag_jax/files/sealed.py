@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+import numpy as np
+
 from expertrag_jax import ranges
 from expertrag_jax.errors import UserError
 
@@ -84,6 +86,36 @@ def build(cls: type[_T], fields: Mapping[str, Any], path: Path, remedy: str) -> 
     if problems:
         raise UserError(f"{path} is damaged ({sorted(problems)[0]}): {remedy}.")
     return cls(**{name: _tuples(value, hints[name]) for name, value in fields.items()})
+
+
+def settings(path: Path, hints: Mapping[str, Any], remedy: str) -> dict[str, Any]:
+    """The fields of a small settings file: exactly those of ``hints``; one that may be None may be missing.
+
+    Raises:
+      UserError: as ``build``.
+    """
+    fields = parsed(path, remedy)
+    for name in dict.fromkeys([*hints, *fields]):
+        wanted = ranges.problem(fields.get(name), hints[name]) if name in hints else "left out"
+        if wanted is not None:
+            raise UserError(f"{path} is damaged ({name} is {ranges.shown(fields.get(name))}, not {wanted}): {remedy}.")
+    return fields
+
+
+def array(path: Path, shape: tuple[int, ...], dtype: str, remedy: str) -> np.ndarray:
+    """A memory-mapped array of exactly this shape and type, in a file of exactly its bytes.
+
+    Raises:
+      UserError: it is anything else; nothing was allocated.
+    """
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError, MemoryError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:120]}): {remedy}.") from None
+    if not isinstance(found, np.ndarray) or found.shape != shape or found.dtype != np.dtype(dtype):
+        described = f"{getattr(found, 'dtype', type(found).__name__)} {getattr(found, 'shape', '')}"
+        raise UserError(f"{path} is damaged (it holds {described}, not {dtype} {shape}): {remedy}.")
+    return found
 
 
 def check_file_names(files: Mapping[str, Mapping[str, Any]], path: Path, remedy: str) -> None:

@@ -6,16 +6,18 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.sealed import settings
+from expertrag_jax.ranges import Count, Fraction
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.lexical_index import LexicalIndex
 from expertrag_jax.retrieval.mesh_index import ExactIndex
 from expertrag_jax.retrieval.metrics import first_ranks
-from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, Queries, absent
+from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, REMEDY, Queries, absent
 from expertrag_jax.retrieval.scann_index import ScannIndex
 
 _LOG = logging.getLogger(__name__)
@@ -211,10 +213,24 @@ class HybridIndex:
     def load(self, directory: Path, vectors: np.ndarray | None) -> HybridIndex:
         """Read what `save` wrote. Returns self."""
         directory = Path(directory)
-        state = json.loads((directory / _SETTINGS).read_text())
+        hints = {"weight": Fraction, "candidates": Count, "dense": Literal["scann", "exact"]}
+        state = settings(directory / _SETTINGS, hints, REMEDY)
         self.weight, self.candidates = state["weight"], state["candidates"]
         if state["dense"] != self.dense.kind:
             self.dense = _DENSE[state["dense"]](**self._dense_settings)
         self.dense.load(directory / "dense", vectors)
         self.lexical.load(directory / "lexical")
+        if self.dense.count != self.lexical.count:
+            counts = f"{self.dense.count} passages by vectors and {self.lexical.count} by words"
+            raise UserError(f"{directory} is damaged (it indexes {counts}): {REMEDY}.")
         return self
+
+    @property
+    def count(self) -> int:
+        """Number of passages that are indexed."""
+        return self.lexical.count
+
+    def verify(self) -> None:
+        """Checks both indexes."""
+        self.dense.verify()
+        self.lexical.verify()

@@ -21,7 +21,7 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.files import directories
 from expertrag_jax.files.lock import only_writer
 from expertrag_jax.files.paths import target
-from expertrag_jax.files.sealed import sealed
+from expertrag_jax.files.sealed import array, sealed
 from expertrag_jax.retrieval.corpus import Passages, read_passages_tsv, write_passages_tsv
 from expertrag_jax.retrieval.manifest import (
     FORMAT,
@@ -32,7 +32,7 @@ from expertrag_jax.retrieval.manifest import (
     library_versions,
     read_manifest,
 )
-from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, Index, Queries
+from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, REMEDY, Index, Queries
 
 __all__ = [
     "ABSENT_ROW",
@@ -95,7 +95,10 @@ class LoadedIndex:
     @functools.cached_property
     def passages(self) -> Passages:
         """Ids, titles and texts, read when first asked for: training needs the tokens alone."""
-        return read_passages_tsv(self.directory / PASSAGES_NAME, memoryview(self.packed_passages), True)
+        passages = read_passages_tsv(self.directory / PASSAGES_NAME, memoryview(self.packed_passages), True)
+        if len(passages) != len(self):
+            raise UserError(f"{self.directory} is damaged ({len(passages)} passages for {len(self)}): {REMEDY}.")
+        return passages
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -111,10 +114,10 @@ def check_writable(directory: str | Path, overwrite: bool = False) -> None:
 
 
 def _check_parts(passages: Passages, tokens: np.ndarray | None, vectors: np.ndarray | None) -> None:
-    for name, array in (("passage_tokens", tokens), ("vectors", vectors)):
-        if array is not None and (array.ndim != 2 or len(array) != len(passages)):
+    for name, given in (("passage_tokens", tokens), ("vectors", vectors)):
+        if given is not None and (given.ndim != 2 or len(given) != len(passages)):
             raise UserError(
-                f"{name} has shape {array.shape} but the corpus has {len(passages)} passages: give one row "
+                f"{name} has shape {given.shape} but the corpus has {len(passages)} passages: give one row "
                 "per passage"
             )
 
@@ -181,10 +184,12 @@ def write_index(
     return manifest
 
 
-def _load_array(directory: Path, manifest: Manifest, name: str) -> np.ndarray | None:
-    if name not in manifest.files:
-        return None
-    return np.load(directory / name, mmap_mode="r", allow_pickle=False)
+def _load_array(directory: Path, manifest: Manifest, name: str, width: int | None, dtype: str) -> np.ndarray | None:
+    """An array of one row per passage, memory-mapped; None where the manifest has none."""
+    if (name in manifest.files) != (width is not None):
+        told = "and has no file" if width is not None else "of no width and has a file"
+        raise UserError(f"{directory / MANIFEST_NAME} is damaged (it names {name} {told}): {REMEDY}.")
+    return None if width is None else array(directory / name, (manifest.count, width), dtype, REMEDY)
 
 
 def open_index(directory: str | Path, *, verify: bool = True, **settings) -> LoadedIndex:
@@ -212,8 +217,13 @@ def open_index(directory: str | Path, *, verify: bool = True, **settings) -> Loa
 def _open(directory: Path, verify: bool, settings: dict) -> LoadedIndex:
     manifest = read_manifest(directory)
     check_files(directory, manifest, contents=verify)
-    tokens = _load_array(directory, manifest, TOKENS_NAME)
-    vectors = _load_array(directory, manifest, VECTORS_NAME)
-    index = make_index(manifest.kind, **settings).load(directory / SEARCHER_NAME, vectors)
+    tokens = _load_array(directory, manifest, TOKENS_NAME, manifest.token_length, "int32")
+    vectors = _load_array(directory, manifest, VECTORS_NAME, manifest.dimension, "float32")
+    index = make_index(manifest.kind, **settings)
+    if index.needs_vectors and vectors is None:
+        raise UserError(f"{directory} is damaged (a {manifest.kind} index has vectors): {REMEDY}.")
+    index.load(directory / SEARCHER_NAME, vectors)
+    if index.count != manifest.count:
+        raise UserError(f"{directory} is damaged (it indexes {index.count} of {manifest.count} passages): {REMEDY}.")
     packed = np.memmap(directory / PASSAGES_NAME, np.uint8, mode="r")
     return LoadedIndex(directory, manifest, index, tokens, vectors, packed)

@@ -6,17 +6,22 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.sealed import settings
+from expertrag_jax.ranges import Fraction, Weight
 from expertrag_jax.retrieval.corpus import Passages
-from expertrag_jax.retrieval.protocol import Queries, absent, require_texts
+from expertrag_jax.retrieval.protocol import REMEDY, Queries, absent, require_texts
 from expertrag_jax.retrieval.words import without_accents, words_of
 
 _WORD_RULE = 2  # of `words.words_of`; 1 is bm25s's own: two or more letters or digits, not their marks
 _SETTINGS, _SEARCHER = "bm25.json", "bm25"
+_HINTS = {
+    "k1": Weight, "b": Fraction, "language": str | None, "stopwords": str | None, "word_rule": Literal[1, 2] | None,
+}  # fmt: skip
 
 
 def _bm25s() -> Any:
@@ -99,6 +104,7 @@ class LexicalIndex:
         for place, numbers in enumerate(words.ids):
             ids = self._model.get_tokens_ids([word_of[number] for number in numbers])
             if ids:
+                self._check_postings(ids)
                 found, values = _best(self._model.get_scores_from_ids(ids), k)
                 rows[place, : len(found)], scores[place, : len(found)] = found, values
         return rows, scores
@@ -112,10 +118,46 @@ class LexicalIndex:
     def load(self, directory: Path, vectors: np.ndarray | None = None) -> LexicalIndex:
         """Read what `save` wrote, arrays memory-mapped. Returns self."""
         directory = Path(directory)
-        self.settings = json.loads((directory / _SETTINGS).read_text())
-        self._word_rule = self.settings.pop("word_rule", 1)
-        self._model = _bm25s().BM25.load(directory / _SEARCHER, mmap=True, allow_pickle=False)
+        self.settings = settings(directory / _SETTINGS, _HINTS, REMEDY)
+        self._word_rule = self.settings.pop("word_rule", None) or 1
+        try:
+            self._model = _bm25s().BM25.load(directory / _SEARCHER, mmap=True, allow_pickle=False)
+            self._check_arrays()
+        except (ValueError, KeyError, TypeError, OSError, EOFError, RecursionError) as error:
+            raise UserError(f"{directory} is damaged ({' '.join(str(error).split())[:120]}): {REMEDY}.") from None
         return self
+
+    @property
+    def count(self) -> int:
+        """Number of passages that are indexed."""
+        return 0 if self._model is None else int(self._model.scores["num_docs"])
+
+    def _check_arrays(self) -> None:
+        """ValueError where the arrays of a compressed sparse matrix do not belong together."""
+        scores = self._model.scores
+        kinds = {"data": "float32", "indices": "int32", "indptr": "int64"}
+        if any(scores[name].ndim != 1 or scores[name].dtype != dtype for name, dtype in kinds.items()):
+            raise ValueError("its arrays are of other types")
+        ends = scores["indptr"]
+        if len(scores["data"]) != len(scores["indices"]) or not len(ends) or ends[-1] != len(scores["data"]):
+            raise ValueError("its arrays differ in length")
+        numbers = self._model.vocab_dict.values()
+        if not all(isinstance(number, int) and 0 <= number < len(ends) for number in numbers):
+            raise ValueError("its words have no places")
+
+    def _check_postings(self, ids: Sequence[int]) -> None:
+        """UserError where the words' places in the arrays, or the passages there, are outside of them."""
+        scores = self._model.scores
+        ends, last = scores["indptr"], len(scores["indptr"]) - 1
+        for number in ids:
+            start, end = int(ends[min(number, last)]), int(ends[min(number + 1, last)])
+            rows = scores["indices"][start:end] if 0 <= start <= end <= len(scores["indices"]) else None
+            if rows is None or (len(rows) and not (0 <= rows.min() and rows.max() < self.count)):
+                raise UserError(f"the bm25 index is damaged (a word points to passages it does not hold): {REMEDY}.")
+
+    def verify(self) -> None:
+        """Checks every word's passages; UserError as ``search``."""
+        self._check_postings(range(len(self._model.scores["indptr"]) - 1))
 
 
 def _stemmer(language: str) -> Callable[[list[str]], list[str]]:

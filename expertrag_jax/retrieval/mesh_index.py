@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.sealed import settings
 from expertrag_jax.mips import DEFAULT_BLOCK_SIZE, sharded_topk
+from expertrag_jax.ranges import Count, Share
 from expertrag_jax.retrieval.corpus import Passages
-from expertrag_jax.retrieval.protocol import Queries, absent, require_vectors
+from expertrag_jax.retrieval.protocol import REMEDY, Queries, absent, require_vectors
 
 _SETTINGS = "exact.json"
 
@@ -112,6 +114,14 @@ class ExactIndex:
             )
         return rows, scores
 
+    @property
+    def count(self) -> int:
+        """Number of passages that are indexed."""
+        return self._count
+
+    def verify(self) -> None:
+        """Nothing to check: there are only vectors."""
+
     def save(self, directory: Path) -> None:
         """Settings only: the vectors are the index directory's own."""
         (Path(directory) / _SETTINGS).write_text(json.dumps(self.settings))
@@ -120,6 +130,7 @@ class ExactIndex:
         """Read what `save` wrote and put the vectors on the mesh. Returns self."""
         path = Path(directory) / _SETTINGS
         if path.is_file():
-            saved = json.loads(path.read_text())
+            hints = {"block_size": Count, "recall_target": Share | None}
+            saved = settings(path, hints, REMEDY)
             self.block_size, self.recall_target = saved["block_size"], saved["recall_target"]
         return self.build(None, vectors)

@@ -15,7 +15,10 @@ from expertrag_jax.mips import ABSENT_ROW, ABSENT_SCORE
 if TYPE_CHECKING:
     from expertrag_jax.retrieval.corpus import Passages
 
-__all__ = ["ABSENT_ROW", "ABSENT_SCORE", "Index", "Queries", "require_texts", "require_vectors"]
+__all__ = ["ABSENT_ROW", "ABSENT_SCORE", "REMEDY", "Index", "Queries", "require_texts", "require_vectors"]
+
+REMEDY = "copy the whole directory again, or build the index again"
+"""How a damaged index is mended, for messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,13 @@ class Index(Protocol):
           rows [B, k] int32 and scores [B, k] float32, best first. Where fewer than k passages are found, the
           rest is ABSENT_ROW (-1) with ABSENT_SCORE.
         """
+
+    @property
+    def count(self) -> int:
+        """Number of passages that are indexed."""
+
+    def verify(self) -> None:
+        """Check every value that points somewhere, as `search` checks what it reads; UserError if one points outside."""
 
     def save(self, directory: Path) -> None:
         """Write what `load` needs, other than the vectors, into an existing directory."""

@@ -10,17 +10,20 @@ import importlib.util
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from expertrag_jax import native_output
+from expertrag_jax import native_output, ranges
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.sealed import array, settings
+from expertrag_jax.ranges import Count
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.mesh_index import ExactIndex
 from expertrag_jax.retrieval.metrics import index_recall
-from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, Queries, absent, require_vectors
+from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, REMEDY, Queries, absent, require_vectors
 
 _LOG = logging.getLogger(__name__)
 _SETTINGS, _SEARCHER = "scann.json", "scann"
@@ -191,14 +194,46 @@ class ScannIndex:
     def load(self, directory: Path, vectors: np.ndarray | None) -> ScannIndex:
         """Read what `save` wrote; `vectors` serve where ScaNN cannot. Returns self."""
         directory = Path(directory)
-        state = json.loads((directory / _SETTINGS).read_text())
+        hints = {"settings": dict[str, Count | None], "shape": tuple[Count, Count]}
+        state = settings(directory / _SETTINGS, hints, REMEDY)
+        if state["settings"].keys() != self._asked.keys():
+            raise UserError(f"{directory / _SETTINGS} is damaged (its settings are not ScaNN's): {REMEDY}.")
         self.settings = state["settings"]
         self._count, self._dimension = state["shape"]
+        if vectors is None or vectors.shape != (self._count, self._dimension):
+            raise UserError(f"{directory / _SETTINGS} is damaged (it is of vectors {tuple(state['shape'])}): {REMEDY}.")
         if not (directory / _SEARCHER).is_dir():
             return self._serve_exactly(vectors, f"{directory} was built without ScaNN")
         pybind = _pybind()
         if pybind is None:
             return self._serve_exactly(vectors, "scann cannot be imported on this machine")
+        self._check_files(directory / _SEARCHER)
         with native_output.held_back():
             self._searcher = pybind.load_searcher(str(directory / _SEARCHER))
         return self
+
+    def _check_files(self, folder: Path) -> None:
+        """Checks what ScaNN would believe: that it reads files of its folder, and arrays of the right shapes.
+
+        Raises:
+          UserError: a file elsewhere, or an array that does not fit.
+        """
+        try:
+            assets = (folder / "scann_assets.pbtxt").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is damaged ({error}): {REMEDY}.") from None
+        for name in re.findall(r'asset_path:\s*"([^"]*)"', assets):
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UserError(f"{folder} is damaged (it reads {ranges.shown(name)}): {REMEDY}.")
+        array(folder / "dataset.npy", (self._count, self._dimension), "float32", REMEDY)
+        leaves = array(folder / "datapoint_to_token.npy", (self._count,), "int32", REMEDY)
+        if not (0 <= leaves.min() and leaves.max() < self.settings["num_leaves"]):
+            raise UserError(f"{folder} is damaged (a passage is in a leaf that is not there): {REMEDY}.")
+
+    @property
+    def count(self) -> int:
+        """Number of passages that are indexed."""
+        return self._count
+
+    def verify(self) -> None:
+        """Nothing beyond what `load` checks."""
