@@ -18,6 +18,7 @@ from expertrag_jax.infer import open_service
 from expertrag_jax.ranges import checked
 from expertrag_jax.retrieval.corpus import Question
 from expertrag_jax.service import Service
+from expertrag_jax.terminal import visible
 
 FLAGS = {
     "question": ("question", "what to ask, each question in quotes"),
@@ -74,8 +75,8 @@ def texts_of_passages(service: Service, record: dict[str, Any]) -> list[str]:
 
 def show(record: dict[str, Any], retrieve: str, threshold: float, console: Console, texts: Sequence[str]) -> None:
     """Prints one record; ``texts`` are its passages', of which the beginnings are shown."""
-    console.print(Text(record["question"]), style="bold")
-    console.print(Text(f"  answer    {record['prediction'] or '(none)'}"))
+    console.print(Text(visible(record["question"])), style="bold")
+    console.print(Text(f"  answer    {visible(record['prediction']) or '(none)'}"))
     console.print(f"  log p     {record['score']:.3f} nats")
     done = "retrieved" if record["retrieve"] else "not retrieved"
     why = f"threshold {threshold:.3f}" if retrieve == "gate" else f"--retrieve={retrieve}"
@@ -93,8 +94,8 @@ def _passages(passages: Sequence[dict[str, Any]], texts: Sequence[str]) -> Table
     table.add_column("title")
     table.add_column("text", max_width=60)
     for rank, (passage, text) in enumerate(zip(passages, texts), 1):
-        score, name, title = f"{passage['score']:.4f}", passage["id"], passage["title"]
-        table.add_row(str(rank), score, Text(name), Text(title), Text(shorten(text, 160, placeholder=" ...")))
+        words = passage["id"], passage["title"], shorten(text, 160, placeholder=" ...")
+        table.add_row(str(rank), f"{passage['score']:.4f}", *(Text(visible(part)) for part in words))
     return table
 
 

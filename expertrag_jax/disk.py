@@ -1,15 +1,30 @@
-"""Whether an error means that a disk is full, whichever library reports it."""
+"""Faults of the machine that a user can mend: a full disk, whichever library reports it, and the others."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Callable, Iterator
 
 from expertrag_jax.errors import UserError
 
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "ENOSPC", "EDQUOT", "EFBIG")
+_WORDS = (
+    "No space left on device", "Disk quota exceeded", "File too large", "ENOSPC", "EDQUOT", "EFBIG",
+    "database or disk is full",  # SQLite's
+)  # fmt: skip
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's
+# Faults of files, folders, devices and limits. EBADF, EINVAL and the like are the program's own.
+_ENVIRONMENT = {
+    getattr(errno, name)
+    for name in (
+        "EACCES", "EPERM", "ENOENT", "EEXIST", "ENOTDIR", "EISDIR", "ENOTEMPTY", "EROFS", "ELOOP", "ENAMETOOLONG",
+        "ESTALE", "EIO", "EMFILE", "ENFILE", "ENODEV", "ENXIO", "EBUSY", "ETXTBSY", "EXDEV", "EMLINK", "ETIMEDOUT", "EHOSTDOWN",
+        "EHOSTUNREACH", "ENETUNREACH", "ECONNREFUSED", "ENOTCONN", "EREMOTEIO", "EUCLEAN", "ENOMEM", "ENOLCK", "EILSEQ",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -39,9 +54,17 @@ def is_full(error: BaseException | None) -> bool:
         seen.append(error)
         if isinstance(error, OSError) and error.errno in _NUMBERS:
             return True
-        if any(word in str(error) for word in _WORDS):
+        if any(word in str(error) for word in _WORDS) or _SHORT_WRITE.search(str(error)):
             return True
         if isinstance(error, BaseExceptionGroup) and any(is_full(each) for each in error.exceptions):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def of_environment(error: BaseException) -> bool:
+    """Whether the system refused a file, a folder, a device or one more descriptor: no defect of the program."""
+    return isinstance(error, OSError) and (error.errno in _ENVIRONMENT or isinstance(error, _CLASSES))
+
+
+_CLASSES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)

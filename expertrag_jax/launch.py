@@ -61,6 +61,7 @@ def execute(job_name: str, argv: Sequence[str], prog: str | None = None, began: 
     _started[job_name] = time.monotonic() if began is None else began
     debug = any(argument in ("--debug", "--debug=true") for argument in argv)
     try:
+        check_text(argv)
         return _execute(job_name, argv, prog or f"python -m {job_name.partition(':')[0]}")
     except KeyboardInterrupt:
         print(f"{processes.prefix()}interrupted", file=sys.stderr)
@@ -80,6 +81,15 @@ def execute(job_name: str, argv: Sequence[str], prog: str | None = None, began: 
         _started.pop(job_name, None)
 
 
+def check_text(argv: Sequence[str]) -> None:
+    """UserError for an argument that is no text: half a character, such as a cut UTF-8 sequence."""
+    for number, argument in enumerate(argv, 1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"argument {number} ({argument[:60]!r}) is no UTF-8 text: write it again.") from None
+
+
 def started(job_name: str) -> float | None:
     """When the job that runs was started, in monotonic seconds: with its process, where that is the command; None
     where no such job runs, because its function was called from Python."""
@@ -95,10 +105,10 @@ def explain(error: BaseException) -> str | None:
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and package not in ("expertrag_jax", "tasks"):
         return f"this needs the package {package}, which is not installed here."
-    if isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)):
-        return text.partition("] ")[2] or text  # without "[Errno 2]"
     if disk.is_full(error):
         return f"The disk is full ({text}): make room and run the same command again."
+    if disk.of_environment(error):
+        return text.partition("] ")[2] or text  # without "[Errno 2]"
     return None
 
 

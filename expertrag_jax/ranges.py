@@ -162,6 +162,8 @@ def _problem_of_plain(value: Any, hint: Any) -> str | None:
         return None if isinstance(value, numbers.Real) and not isinstance(value, bool) else "a number"
     if hint is str:
         return None if isinstance(value, str) else "a word"
+    if hint is dict:
+        return None if isinstance(value, dict) else "a map, as {'a': 1}"
     if hint is os.PathLike:
         return None if isinstance(value, os.PathLike) else "a path"
     return None

@@ -43,6 +43,7 @@ HOUSE = (
     ("partitioning", ("partitioning",)),
     ("native output", ("native_output",)),
     ("disk", ("disk",)),
+    ("terminal", ("terminal",)),
     ("ranges", ("ranges",)),
     ("files", ("files",)),
     ("registry", ("registry",)),

@@ -106,6 +106,10 @@ def open_text(path: str | Path, held: memoryview | None = None) -> Iterator[Text
         raise UserError(f"{path} is not a complete gzip file ({error}): fetch it again") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}): convert it to UTF-8") from None
+    except OSError as error:
+        if error.filename not in (None, str(path)):  # of a file that the caller writes meanwhile
+            raise
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): mend that, or name another file") from None
 
 
 def _header(row: list[str]) -> list[int] | None:

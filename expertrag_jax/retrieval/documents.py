@@ -69,6 +69,7 @@ def _files(path: Path, left_out: Counter[str]) -> list[tuple[Path, str]]:
     if path.is_dir():
         files = []
         for file in sorted(path.rglob("*")):
+            _check_name(file)
             if file.is_dir():
                 left_out["linked folders"] += file.is_symlink()
             elif not file.is_file():
@@ -85,6 +86,14 @@ def _files(path: Path, left_out: Counter[str]) -> list[tuple[Path, str]]:
     if not path.name.lower().endswith(known):
         raise UserError(f"{path}: unknown kind of document: name a folder or a .txt, .md or .jsonl file")
     return [(path, path.name)]
+
+
+def _check_name(file: Path) -> None:
+    """UserError for a name that is no text: it becomes the id of passages."""
+    try:
+        file.name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name of {str(file)!r} is no UTF-8 text: rename the file") from None
 
 
 def read_documents(path: str | Path, max_words: int = 100) -> Passages:

@@ -77,7 +77,7 @@ class Index(Protocol):
         """Number of passages that are indexed."""
 
     def verify(self) -> None:
-        """Check every value that points somewhere, as `search` checks what it reads; UserError if one points outside."""
+        """Check every value that points somewhere, not only what a `search` reads; UserError if one points outside."""
 
     def save(self, directory: Path) -> None:
         """Write what `load` needs, other than the vectors, into an existing directory."""

@@ -1,0 +1,267 @@
+"""Indexes, exports and gates that somebody sends are data: what was changed, or points elsewhere, is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from expertrag_jax.errors import UserError
+from expertrag_jax.files.directories import MANIFEST_NAME
+from expertrag_jax.files.sealed import sealed
+from expertrag_jax.interop import export_directory
+from expertrag_jax.retrieval.corpus import Passages
+from expertrag_jax.retrieval.index import make_index, open_index, write_index
+from expertrag_jax.retrieval.manifest import file_entry, read_manifest
+from expertrag_jax.retrieval.protocol import Queries
+from expertrag_jax.trained_model import _calibration
+
+COUNT, WIDTH = 12, 4
+
+
+@pytest.fixture(params=["bm25", "exact"])
+def directory(request, tmp_path):
+    words = [f"word{number} common" for number in range(COUNT)]
+    passages = Passages([str(number) for number in range(COUNT)], [""] * COUNT, words)
+    vectors = np.random.default_rng(0).normal(size=(COUNT, WIDTH)).astype(np.float32)
+    vectors = vectors if request.param == "exact" else None
+    index = make_index(request.param).build(passages, vectors)
+    tokens = np.ones((COUNT, 3), np.int32)
+    write_index(tmp_path / "index", index, passages, passage_tokens=tokens, vectors=vectors)
+    return tmp_path / "index"
+
+
+def change(directory, **fields):
+    """A sender's manifest: other fields, and a checksum that agrees."""
+    path = directory / MANIFEST_NAME
+    stored = json.loads(path.read_text())
+    del stored["checksum"]
+    path.write_text(sealed(stored | fields))
+
+
+def replace(directory, name, content):
+    """A sender's file, with a manifest that agrees."""
+    if isinstance(content, np.ndarray):
+        np.save(directory / name, content)
+    else:
+        (directory / name).write_bytes(content)
+    files = {**read_manifest(directory).files, name: file_entry(directory / name)}
+    change(directory, files=files)
+
+
+def test_every_flipped_bit_of_a_manifest_is_refused(directory):
+    path = directory / MANIFEST_NAME
+    whole, right, accepted = path.read_bytes(), read_manifest(directory), []
+    for place in range(len(whole)):
+        for bit in (place % 8, (place + 3) % 8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+            try:
+                if read_manifest(directory) != right:  # white space may change
+                    accepted.append((place, bit))
+            except UserError:
+                continue
+    assert accepted == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"count": COUNT + 1},
+        {"count": 0},
+        {"count": -1},
+        {"count": "12"},
+        {"count": 10**30},
+        {"count": True},
+        {"dimension": 7},
+        {"token_length": 9},
+        {"token_length": None},
+        {"kind": "hybrid"},
+        {"kind": "os:system"},
+        {"kind": ["bm25"]},
+        {"kind": "scann"},
+        {"settings": []},
+        {"files": []},
+        {"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}},
+        {"files": {"/proc/kmsg": {"bytes": 1, "sha256": "0" * 64}}},
+        {"files": {"a/../../x": {"bytes": 1, "sha256": "0" * 64}}},
+        {"files": {"manifest.json": {"bytes": -1, "sha256": "0" * 64}}},
+        {"files": {"x": {"bytes": 1, "sha256": "zz"}}},
+        {"files": {"x": [1, 2]}},
+        {"versions": 3},
+        {"corpus_digest": None},
+        {"unknown": 1},
+        {"format": "expertrag_jax.export"},
+        {"format_version": 99},
+        {"format_version": None},
+        {"format_version": [1]},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_does_not_fit_is_one_sentence(directory, fields):
+    change(directory, **fields)
+    with pytest.raises(UserError) as refused:
+        open_index(directory, verify=False)
+    told = str(refused.value)
+    assert "\n" not in told and (str(directory) in told or "kind of index" in told)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 200000, b'{"count": NaN}', b'{"a": ' + b"9" * 5000 + b"}"],
+    ids=range(8),
+)
+def test_a_manifest_that_is_no_json_object_is_one_sentence(directory, content):
+    (directory / MANIFEST_NAME).write_bytes(content)
+    with pytest.raises(UserError, match="manifest.json (is damaged|is not the manifest)"):
+        open_index(directory)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.ones((COUNT + 1, 3), np.int32),
+        np.ones((COUNT, 2), np.int32),
+        np.ones((COUNT, 3), np.float64),
+        np.ones(COUNT * 3, np.int32),
+        b"",
+        b"\x93NUMPY\x01\x00",
+        pickle.dumps(np.ones(3)),
+    ],
+    ids=lambda array: type(array).__name__,
+)
+def test_arrays_that_are_not_the_manifests_are_refused(directory, array):
+    replace(directory, "passage_tokens.npy", array)
+    with pytest.raises(UserError, match="passage_tokens.npy is damaged"):
+        open_index(directory)
+
+
+def test_a_header_that_claims_terabytes_allocates_nothing(directory):
+    header = np.lib.format.header_data_from_array_1_0(np.ones((1, 3), np.int32)) | {"shape": (10**11, 3)}
+    with open(directory / "huge", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    content = (directory / "huge").read_bytes()
+    os.remove(directory / "huge")
+    replace(directory, "passage_tokens.npy", content + b"\0" * 36)
+    with pytest.raises(UserError, match="passage_tokens.npy is damaged"):
+        open_index(directory)
+
+
+def test_object_arrays_run_nothing(directory, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    array = np.array([[Evil()] * 3] * COUNT, object)
+    with open(directory / "passage_tokens.npy", "wb") as file:
+        np.save(file, array, allow_pickle=True)
+    replace(directory, "passage_tokens.npy", (directory / "passage_tokens.npy").read_bytes())
+    with pytest.raises(UserError, match="passage_tokens.npy is damaged"):
+        open_index(directory)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_link_out_of_the_directory_is_refused(directory, tmp_path):
+    (tmp_path / "elsewhere").write_bytes((directory / "passage_tokens.npy").read_bytes())
+    (directory / "passage_tokens.npy").unlink()
+    (directory / "passage_tokens.npy").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link to another place"):
+        open_index(directory)
+
+
+def test_a_pipe_in_the_place_of_a_file_hangs_nobody(directory):
+    (directory / "passage_tokens.npy").unlink()
+    os.mkfifo(directory / "passage_tokens.npy")
+    with pytest.raises(UserError, match="is missing from the index"):
+        open_index(directory)
+
+
+@pytest.mark.parametrize("name, value", [("indices", COUNT), ("indices", -1), ("indptr", 10**12)])
+def test_words_that_point_outside_are_refused_when_they_are_read(directory, name, value):
+    if read_manifest(directory).kind != "bm25":
+        pytest.skip("bm25 alone has words")
+    place = f"searcher/bm25/{name}.csc.index.npy"
+    array = np.load(directory / place)
+    array[-2 if name == "indptr" else slice(None)] = value
+    replace(directory, place, array)
+    index = open_index(directory).index
+    with pytest.raises(UserError, match="is damaged"):
+        index.verify()
+    with pytest.raises(UserError, match="is damaged"):
+        index.search(Queries([f"word{number}" for number in range(COUNT)]), 3)
+
+
+def test_a_directory_without_checksums_opens_with_one_warning(directory, caplog):
+    path = directory / MANIFEST_NAME
+    stored = json.loads(path.read_text())
+    del stored["checksum"]
+    path.write_text(json.dumps(stored))
+    assert len(open_index(directory)) == COUNT
+    assert len([line for line in caplog.messages if "has no checksum" in line]) == 1
+
+
+EXPORT = export_directory.ExportManifest(
+    settings={"threshold": 0.749, "buckets": [1, 8]},
+    system={"class": "ExpertRAG", "fields": {}},
+    vocabularies={"reader": "a", "retriever": "b"},
+    query_encoder=None,
+    index={"path": "../index", "digest": "c"},
+    programs={"question_b1": {"arguments": [], "results": []}},
+    platforms=["cpu"],
+    versions={"jax": "0.10.2"},
+    files={"programs/question_b1.jaxexport": {"bytes": 3, "sha256": "0" * 64}},
+)
+
+
+def test_every_flipped_bit_of_an_exports_manifest_is_refused(tmp_path):
+    path = tmp_path / MANIFEST_NAME
+    path.write_text(sealed({"format": export_directory.FORMAT, **dataclasses.asdict(EXPORT)}))
+    whole, accepted = path.read_bytes(), []
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+            try:
+                if export_directory.read_manifest(tmp_path) != EXPORT:
+                    accepted.append((place, bit))
+            except UserError:
+                continue
+    assert accepted == []
+
+
+GATE = {
+    "scale": 1.1, "bias": -3.1, "threshold": 0.07, "retrieval_rate": 0.5, "accuracy": 0.9, "accuracy_always": 0.9,
+    "accuracy_never": 0.7, "questions": 1200, "checkpoint": "800",
+}  # fmt: skip
+
+
+def test_every_flipped_bit_of_a_gate_is_refused(tmp_path):
+    path = tmp_path / "gate.json"
+    path.write_text(sealed(GATE))
+    whole, accepted = path.read_bytes(), []
+    wanted = {name: GATE[name] for name in ("threshold", "scale", "bias")}
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+            try:
+                if _calibration(tmp_path, tmp_path / "800") != wanted:
+                    accepted.append((place, bit))
+            except UserError:
+                continue
+    assert accepted == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"scale": -1}, {"scale": 0}, {"scale": "1"}, {"threshold": 1.5}, {"threshold": None}, {"bias": True}],
+    ids=str,
+)
+def test_a_gate_outside_its_ranges_is_refused(tmp_path, fields):
+    (tmp_path / "gate.json").write_text(sealed(GATE | fields))
+    with pytest.raises(UserError, match="gate.json is damaged .*expertrag calibrate"):
+        _calibration(tmp_path, tmp_path / "800")
+    (tmp_path / "gate.json").write_text(json.dumps(GATE | {"scale": float("inf")}))
+    with pytest.raises(UserError, match="gate.json is damaged .*Infinity"):
+        _calibration(tmp_path, tmp_path / "800")
