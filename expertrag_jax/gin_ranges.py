@@ -21,7 +21,7 @@ def check_bindings() -> None:
     """
     for target, parameter, name, value in bound_values():
         hint = ranges.hints_of(target).get(parameter)
-        if hint is None:
+        if hint is None or value is None:  # None: not given, which the function itself may refuse
             continue
         wanted = ranges.problem(value, hint)
         if wanted is not None:

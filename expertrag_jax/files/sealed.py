@@ -40,7 +40,12 @@ def unsealed(path: Path, remedy: str) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read, is no JSON object, or is not what was written; ends in ``remedy``.
     """
-    fields = parsed(path, remedy)
+    return without_seal(parsed(path, remedy), path, remedy)
+
+
+def without_seal(fields: Mapping[str, Any], path: Path, remedy: str) -> dict[str, Any]:
+    """The fields of a parsed file without their checksum, which must agree; see ``unsealed``."""
+    fields = dict(fields)
     checksum = fields.pop(CHECKSUM, None)
     if checksum is None:
         _LOG.warning("%s has no checksum, as files of earlier releases: it cannot be told whether it was changed", path)

@@ -83,14 +83,16 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{directory} is not an index: it has no {MANIFEST_NAME}")
-    fields = sealed.unsealed(path, _REMEDY)
-    if fields.pop("format", None) != FORMAT:
+    fields = sealed.parsed(path, _REMEDY)
+    if fields.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of an index of expertrag_jax: name an index directory")
     if fields.get("format_version") != FORMAT_VERSION:
         version = ranges.shown(fields.get("format_version"))
         raise UserError(
             f"{path} has format version {version} but this release reads {FORMAT_VERSION}: build the index again"
         )
+    fields = sealed.without_seal(fields, path, _REMEDY)
+    del fields["format"]
     manifest = sealed.build(Manifest, fields, path, _REMEDY)
     sealed.check_file_names(manifest.files, path, _REMEDY)
     return manifest

@@ -13,7 +13,6 @@ from typing import Any
 
 from expertrag_jax import registry
 from expertrag_jax.errors import UserError
-from expertrag_jax.systems import closed_book, distillation, dro, expert_rag, rag, retriever  # noqa: F401 (names)
 
 _CLASS, _FIELDS = "class", "fields"
 
@@ -38,6 +37,9 @@ def rebuild(description: Mapping[str, Any]) -> Any:
     Raises:
       UserError: its class is not there, or has other fields: it is of another release.
     """
+    # Here, and not above: who serves an export needs none of them.
+    from expertrag_jax.systems import closed_book, distillation, dro, expert_rag, rag, retriever  # noqa: F401
+
     stored = str(description.get(_CLASS))
     name = stored.rpartition(":")[2] if stored.startswith("expertrag_jax.") else stored
     cls = registry.class_named(name)

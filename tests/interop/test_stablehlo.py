@@ -15,6 +15,7 @@ from jax import export
 from expertrag_jax.answering import SystemPrograms
 from expertrag_jax.assembly import tokenise_questions
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.sealed import sealed
 from expertrag_jax.interop.export_directory import check_files, check_writable, read_manifest
 from expertrag_jax.interop.serving import service_from_export
 from expertrag_jax.interop.stablehlo import ExportedPrograms
@@ -140,7 +141,9 @@ def copy(tiny_export, tmp_path):
 
 def edit(directory, **changes):
     path = directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    fields = json.loads(path.read_text()) | changes
+    del fields["checksum"]
+    path.write_text(sealed(fields))
 
 
 def test_every_damaged_file_is_named(copy):
