@@ -23,7 +23,7 @@ from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.ranges import Count, Seed, checked
 from expertrag_jax.retrieval.corpus import Passages, Question, read_passages_tsv, read_questions_jsonl
 from expertrag_jax.retrieval.documents import read_documents
-from expertrag_jax.retrieval.index import KINDS, check_writable, make_index, write_index
+from expertrag_jax.retrieval.index import KINDS, check_writable, make_index, verify_index, write_index
 from expertrag_jax.retrieval.manifest import Manifest
 from expertrag_jax.retrieval.metrics import gold_rows
 from expertrag_jax.retrieval.protocol import Index, Queries
@@ -40,6 +40,7 @@ FLAGS = {
     "--retriever": ("retriever", "MODEL_DIR of the trained dual encoder, for all kinds but bm25"),
     "--tune_questions": ("tune_questions", "questions with gold passages that tune ScaNN and the hybrid"),
     "--passage_length": ("passage_length", "tokens kept of a passage"),
+    "--verify": ("verify", "build nothing: check every value of the index that is there"),
     "--overwrite": ("overwrite", "replace an index that is there"),
 }
 MACROS = ("INDEX_DIR", "CORPUS", "VOCABULARY")
@@ -66,6 +67,7 @@ def build_index(
     settings: Mapping[str, Any] | None = None,
     seed: Seed = 0,
     overwrite: bool = False,
+    verify: bool = False,
 ) -> Manifest:
     """Builds an index directory; it appears whole or not at all.
 
@@ -83,6 +85,7 @@ def build_index(
       passage_length: S, tokens kept of ``title 1 text``. max_words: of a passage that is cut from documents.
       batch_size: passages embedded at a time. settings: of the kind's class. seed: of the vocabulary.
       overwrite: replace an index that is there, in one step.
+      verify: build nothing, and check every value of the index that is there.
 
     Raises:
       UserError: bad files, a kind that does not fit, or a place that is taken; nothing is overwritten.
@@ -90,6 +93,10 @@ def build_index(
     start = time.monotonic()
     if not index_dir:
         raise UserError("give --index_dir, the folder of the index.")
+    if verify:
+        loaded = verify_index(index_dir)
+        print(f"{index_dir} is whole: a {loaded.manifest.kind} index of {len(loaded)} passages", flush=True)
+        return loaded.manifest
     check_writable(index_dir, overwrite)
     kind = choose_kind(kind, retriever)
     index = make_index(kind, **(settings or {}))

@@ -46,6 +46,7 @@ __all__ = [
     "write_index",
 ]
 
+_VERIFIED_ROWS = 65536  # at a time
 # Modules by kind, imported when the kind is asked for: importing scann imports TensorFlow.
 KINDS = {
     "scann": ("expertrag_jax.retrieval.scann_index", "ScannIndex"),
@@ -227,3 +228,22 @@ def _open(directory: Path, verify: bool, settings: dict) -> LoadedIndex:
         raise UserError(f"{directory} is damaged (it indexes {index.count} of {manifest.count} passages): {REMEDY}.")
     packed = np.memmap(directory / PASSAGES_NAME, np.uint8, mode="r")
     return LoadedIndex(directory, manifest, index, tokens, vectors, packed)
+
+
+def verify_index(directory: str | Path) -> LoadedIndex:
+    """Check an index in all its values, not only in those that a search reads: files, counts, pointers, numbers.
+
+    Raises:
+      UserError: names what is wrong.
+    """
+    loaded = open_index(directory)
+    loaded.index.verify()
+    if loaded.passages.digest != loaded.manifest.corpus_digest:
+        raise UserError(f"{directory} is damaged (its passages are not those that were indexed): {REMEDY}.")
+    for start in range(0, len(loaded), _VERIFIED_ROWS):
+        rows = slice(start, start + _VERIFIED_ROWS)
+        if loaded.tokens is not None and loaded.tokens[rows].min(initial=0) < 0:
+            raise UserError(f"{directory} is damaged (it stores negative tokens): {REMEDY}.")
+        if loaded.vectors is not None and not np.isfinite(loaded.vectors[rows]).all():
+            raise UserError(f"{directory} is damaged (it stores vectors that are no numbers): {REMEDY}.")
+    return loaded

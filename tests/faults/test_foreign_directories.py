@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 
+from expertrag_jax import launch
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.directories import MANIFEST_NAME
 from expertrag_jax.files.sealed import sealed
@@ -192,6 +193,23 @@ def test_words_that_point_outside_are_refused_when_they_are_read(directory, name
         index.verify()
     with pytest.raises(UserError, match="is damaged"):
         index.search(Queries([f"word{number}" for number in range(COUNT)]), 3)
+
+
+@pytest.mark.parametrize(
+    "name, place, value, message",
+    [("vectors.npy", 3, np.nan, "no numbers"), ("passage_tokens.npy", 3, -5, "negative tokens")],
+)
+def test_verify_checks_every_value(directory, name, place, value, message, capsys):
+    assert launch.execute("expertrag_jax.index:build_index", [f"--index_dir={directory}", "--verify"]) == 0
+    assert f"index of {COUNT} passages" in capsys.readouterr().out
+    if not (directory / name).exists():
+        return
+    array = np.load(directory / name)
+    array[place] = value
+    replace(directory, name, array)
+    open_index(directory)
+    assert launch.execute("expertrag_jax.index:build_index", [f"--index_dir={directory}", "--verify"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_directory_without_checksums_opens_with_one_warning(directory, caplog):
