@@ -12,6 +12,7 @@ from expertrag_jax import gate_training, launch
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluate import answer_both, read_questions
 from expertrag_jax.evaluation.answers import check_rule
+from expertrag_jax.files.lock import one_writer
 from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.ranges import Fraction, checked
 from expertrag_jax.service import service_from_model
@@ -32,6 +33,7 @@ EXAMPLE = "expertrag calibrate --model_dir=runs/qa --questions=validation.jsonl"
 
 
 @checked
+@one_writer(lambda given: Path(given["model_dir"]) / GATE_FILE, "the calibration")
 def calibrate(
     model_dir: LocalPath,
     questions: LocalPath,

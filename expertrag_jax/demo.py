@@ -30,6 +30,7 @@ from expertrag_jax.evaluation.checks import almanac_checks, missed_quality
 from expertrag_jax.evaluation.report import EditionResult, build_report, write_report
 from expertrag_jax.evaluation.table import print_report
 from expertrag_jax.export import export
+from expertrag_jax.files.lock import one_writer
 from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.index import build_index
 from expertrag_jax.infer import infer
@@ -154,6 +155,7 @@ class Demo:
 
 
 @checked
+@one_writer(lambda given: given["model_dir"], "MODEL_DIR")
 def demo(
     model_dir: LocalPath,
     world: AlmanacConfig,
@@ -186,7 +188,7 @@ def demo(
       UserError: a setting is impossible, or ``model_dir`` holds another run.
       QualityMissed: everything is written, but a promise on quality was missed (see ``evaluation.checks``).
     """
-    directory = Path(model_dir).expanduser().absolute()
+    directory = Path(model_dir)
     if system.gate_objective != "utility":
         raise UserError("the demo measures losses of both arms, which are no labels: set gate_objective = 'utility'.")
     check_steps((*retriever.phases, *system.phases))

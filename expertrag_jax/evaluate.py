@@ -21,6 +21,7 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.evaluation.answers import check_rule, has_answer, score
 from expertrag_jax.evaluation.report import EditionResult, build_report, write_report
 from expertrag_jax.evaluation.table import print_report
+from expertrag_jax.files.lock import one_writer
 from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.infer import write_records
 from expertrag_jax.ranges import Count, Seed, checked
@@ -50,6 +51,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @checked
+@one_writer(lambda given: report_dir(given["output_dir"], given["model_dir"]), "the report")
 def evaluate(
     model_dir: LocalPath,
     questions: LocalPath | None = None,
@@ -85,7 +87,7 @@ def evaluate(
     if not model_dir:
         raise UserError("give --model_dir, the folder of the trained model.")
     check_rule(rule)
-    directory = Path(output_dir or Path(model_dir) / "evaluation")
+    directory = report_dir(output_dir, model_dir)
     check_output_dir(directory, overwrite)
     asked = read_questions(questions, task, split, rule)
     model = open_model(model_dir, checkpoint_path, num_passages=num_passages, buckets=buckets)
@@ -123,6 +125,11 @@ def evaluate(
     write_records(directory / "predictions.jsonl", predictions(service, asked, arms, results))
     show(report, directory)
     return report
+
+
+def report_dir(output_dir: str | None, model_dir: str) -> Path:
+    """Where the report is written."""
+    return Path(output_dir or Path(model_dir) / "evaluation")
 
 
 def check_output_dir(directory: Path, overwrite: bool) -> None:

@@ -14,6 +14,7 @@ from expertrag_jax import launch
 from expertrag_jax.encoders import load_encoder, open_retriever
 from expertrag_jax.errors import UserError
 from expertrag_jax.evaluation.answers import check_rule
+from expertrag_jax.files.lock import one_writer
 from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.files.writing import check_output
 from expertrag_jax.ranges import Count, checked
@@ -36,6 +37,7 @@ EXAMPLE = "expertrag mine --questions=train.jsonl --index_dir=runs/bm25 --output
 
 
 @checked
+@one_writer(lambda given: given["output"], "the output")
 def mine(
     questions: LocalPath,
     output: LocalPath,
@@ -56,7 +58,7 @@ def mine(
     """
     place = Path(output)
     check_output(place, overwrite, inputs=[questions])
-    if num_negatives < 1 or candidates < num_negatives:
+    if candidates < num_negatives:
         raise UserError(f"--num_negatives={num_negatives} must be from 1 up to --candidates={candidates}.")
     asked = read_questions_jsonl(questions)
     check_rule(rule, (question.answers for question in asked))

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.lock import locked
-from expertrag_jax.files.writing import check_folder, remove_dead, sync
+from expertrag_jax.files.paths import check_folder
+from expertrag_jax.files.writing import remove_dead, sync
 
 MANIFEST_NAME = "manifest.json"
 

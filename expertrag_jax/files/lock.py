@@ -10,19 +10,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import inspect
 import json
 import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from expertrag_jax.errors import UserError
-from expertrag_jax.files.paths import target
+from expertrag_jax.files.paths import check_folder, target
 
 LOCK = ".lock"
+_T = TypeVar("_T", bound=Callable[..., Any])
 _LOG = logging.getLogger(__name__)
 _HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EACCES)
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -42,15 +46,43 @@ def only_writer(path: str | os.PathLike, what: str, inside: bool = False) -> Ite
     """
     path = target(path)
     place = path / LOCK if inside else path.with_name(f".{path.name}.lock")
+    check_folder(place.parent)
+    made = [folder for folder in place.parents if not folder.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(place, what)
     try:
         yield
     finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if descriptor is not None:
                 os.unlink(place)  # while it is held: whoever opened this file looks again, see `_acquire`
-            os.close(descriptor)
+                os.close(descriptor)
+            for folder in made:
+                folder.rmdir()  # of a command that wrote nothing, for it is empty
+
+
+def one_writer(place: Callable[[Mapping[str, Any]], str | os.PathLike], what: str) -> Callable[[_T], _T]:
+    """Decorates a command that writes one output: it holds the output's lock while it runs.
+
+    Args:
+      place: from the command's arguments by name to the output.
+      what: it is, for the message.
+    """
+
+    def decorate(function: _T) -> _T:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            path = place(bound.arguments)
+            with only_writer(path, f"{what} {path}"):
+                return function(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def is_dead(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -56,3 +57,17 @@ def local(path: str | os.PathLike) -> Path:
 def target(path: str | os.PathLike) -> Path:
     """``local(path)``, and where that is a link, what it points to: the place to write."""
     return Path(os.path.realpath(local(path)))
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """UserError where a folder cannot be made, or nothing can be written into it."""
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{folder} cannot be made: {place} is no folder; name another place.")
+    try:
+        with tempfile.TemporaryFile(dir=place):  # rights alone do not tell: file systems may be read-only, or no disks
+            pass
+    except OSError as error:
+        raise UserError(f"{place} cannot be written ({error.strerror}): mend that, or name another place.") from None

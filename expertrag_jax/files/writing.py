@@ -13,7 +13,7 @@ from typing import IO
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.lock import is_dead, locked
-from expertrag_jax.files.paths import target
+from expertrag_jax.files.paths import check_folder, target
 
 _MARK = ".writing-"
 
@@ -40,20 +40,6 @@ def check_output(path: str | os.PathLike, overwrite: bool, inputs: Iterable[str 
     if place.exists() and not overwrite:
         raise UserError(f"{path} exists: nothing was overwritten; name another file or add --overwrite.")
     check_folder(place.parent)
-
-
-def check_folder(folder: str | os.PathLike) -> None:
-    """UserError where a folder cannot be made, or nothing can be written into it."""
-    place = Path(folder)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"{folder} cannot be made: {place} is no folder; name another place.")
-    try:
-        with tempfile.TemporaryFile(dir=place):  # rights alone do not tell: file systems may be read-only, or no disks
-            pass
-    except OSError as error:
-        raise UserError(f"{place} cannot be written ({error.strerror}): mend that, or name another place.") from None
 
 
 @contextlib.contextmanager

@@ -64,6 +64,12 @@ def test_the_second_writer_is_refused_until_the_first_is_gone(tmp_path, holder, 
     assert [entry.name for entry in tmp_path.rglob("*") if "lock" in entry.name] == []
 
 
+def test_a_command_that_writes_nothing_leaves_no_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "new" / "deep" / "out", "out"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_file_that_nobody_holds_stops_nobody(tmp_path):
     (tmp_path / ".out.lock").write_text("cut off {")
     with only_writer(tmp_path / "out", "out"):
