@@ -17,6 +17,7 @@ from typing import Any
 import gin.config
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.macros import MACROS
 
 # What a gin file's text can make gin raise; anything else comes from the code that the file imports.
 _PARSE_ERRORS = (
@@ -37,6 +38,7 @@ _LOCATION = re.compile(
 _MACRO_BINDING = re.compile(r"^([A-Za-z_]\w*)\s*=(?!=)", re.MULTILINE)
 _MACRO_USE = re.compile(r"%([A-Za-z_]\w*)(?![\w.])")
 _COMMAND_LINE = "command line"
+_MISSPELT = 0.85  # likeness of two names, from 0 to 1
 
 
 def message(error: BaseException) -> str:
@@ -100,6 +102,19 @@ class Source:
                 files = ", ".join(map(os.path.relpath, self.files)) or "no --gin_file is given"
                 near = nearest(name, known) or "."
                 raise UserError(f"no gin file binds or uses the macro {name} ({files}){near}")
+        self._refuse_misspelt_macros()
+
+    def _refuse_misspelt_macros(self) -> None:
+        """UserError for a macro in a file that nothing uses, and whose name is nearly that of one that is used."""
+        lines = list(self.lines())
+        used = set(_MACRO_USE.findall("\n".join(line for _, line in lines)))
+        for place, line in lines:
+            bound = _MACRO_BINDING.match(line)
+            if bound is None or bound[1] in used or bound[1] in MACROS:
+                continue
+            near = difflib.get_close_matches(bound[1], sorted(used), n=1, cutoff=_MISSPELT)
+            if near and not _is_variant(bound[1], near[0]):
+                raise UserError(f"{place}: nothing uses the macro {bound[1]}; did you mean '{near[0]}'?")
 
     def explain(self, error: BaseException) -> str:
         """One sentence: where, what, and the nearest known name."""
@@ -203,6 +218,11 @@ def _registry() -> dict[str, Callable[..., Any]]:
 def _known_selectors() -> list[str]:
     """Every registered path, and the last two parts of each, which suffice on the command line."""
     return [*_registry(), *(".".join(full.split(".")[-2:]) for full in _registry())]
+
+
+def _is_variant(name: str, other: str) -> bool:
+    """Whether one name is the other with whole words before or after it, as EVAL_QUESTIONS and QUESTIONS."""
+    return f"_{other}_" in f"_{name}_" or f"_{name}_" in f"_{other}_"
 
 
 def _quoted(text: str) -> list[str]:

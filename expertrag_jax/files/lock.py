@@ -53,10 +53,11 @@ def only_writer(path: str | os.PathLike, what: str, inside: bool = False) -> Ite
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            if descriptor is not None:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
                 os.unlink(place)  # while it is held: whoever opened this file looks again, see `_acquire`
-                os.close(descriptor)
+            os.close(descriptor)
+        with contextlib.suppress(OSError):
             for folder in made:
                 folder.rmdir()  # of a command that wrote nothing, for it is empty
 

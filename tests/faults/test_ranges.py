@@ -141,3 +141,11 @@ def test_what_has_ranges_checks_them():
             if not hasattr(call, "__wrapped__"):
                 unchecked.append(path)
     assert unchecked == []
+
+
+def test_a_misspelt_macro_in_a_gin_file_is_refused(tmp_path, capsys):
+    lines = "from __gin__ import dynamic_registration\ninclude 'runs/train.gin'\nTRAIN_STEP = 5\n"
+    (tmp_path / "run.gin").write_text(lines)
+    flags = [f"--gin_file={tmp_path / 'run.gin'}", *TRAIN[1:], "--dry_run"]
+    assert launch.execute("expertrag_jax.train", flags) == 2
+    assert "run.gin:3: nothing uses the macro TRAIN_STEP; did you mean 'TRAIN_STEPS'?" in capsys.readouterr().err
