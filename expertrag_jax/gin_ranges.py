@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import gin.config
@@ -13,8 +14,12 @@ from expertrag_jax.errors import UserError
 _OURS = ("expertrag_jax", "tasks")
 
 
-def check_bindings() -> None:
+def check_bindings(job: Callable[..., Any], flags: Mapping[str, str]) -> None:
     """Checks every value that is bound to a parameter of this package's functions and classes.
+
+    Args:
+      job: the function that the command runs.
+      flags: its parameters to the flags that set them, for messages.
 
     Raises:
       UserError: names the macro (or the parameter), its value and its range; or a path that cannot be one.
@@ -27,6 +32,8 @@ def check_bindings() -> None:
         if wanted is not None:
             owner = f"{target.__name__}.{parameter}"
             where = owner if name == owner else f"{name}, the {owner},"
+            if name == owner and inspect.unwrap(target) is inspect.unwrap(job) and parameter in flags:
+                where = flags[parameter]
             raise UserError(f"{where} is {ranges.shown(value)}: it must be {wanted}.")
         try:
             ranges.with_paths(value, hint)

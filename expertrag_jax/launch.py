@@ -150,8 +150,9 @@ def configure(job: ModuleType, function: Callable[..., Any], options: argparse.N
     selector = gin_files.register(function)
     bindings = [*options.gin_bindings, *job_flags.bindings(job, selector, options)]
     gin_files.parse(options.gin_file, bindings, options.gin_search_paths)
-    gin_files.check_required(function, job_flags.flags_by_keyword(job))
-    gin_ranges.check_bindings()
+    flags = job_flags.flags_by_keyword(job)
+    gin_files.check_required(function, flags)
+    gin_ranges.check_bindings(function, flags)
 
 
 def start_processes(job: ModuleType, options: argparse.Namespace) -> None:

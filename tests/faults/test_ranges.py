@@ -66,16 +66,16 @@ def test_a_macro_outside_its_range_is_one_sentence(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     "job, flags, message",
     [
-        ("index:build_index", ["--corpus=c", "--index_dir=i", "--passage_length=0"], "passage_length is 0"),
+        ("index:build_index", ["--corpus=c", "--index_dir=i", "--passage_length=0"], "--passage_length is 0"),
         ("index:build_index", ["--corpus=c", "--index_dir=gs://b/i"], "gs:// cannot be read or written"),
-        ("index:build_index", ["--corpus=c", "--index_dir=i", "--vocabulary_size=-1"], "vocabulary_size is -1"),
-        ("mine", ["--questions=q", "--output=o", "--index_dir=i", "--num_negatives=0"], "num_negatives is 0"),
+        ("index:build_index", ["--corpus=c", "--index_dir=i", "--vocabulary_size=-1"], "--vocabulary_size is -1"),
+        ("mine", ["--questions=q", "--output=o", "--index_dir=i", "--num_negatives=0"], "--num_negatives is 0"),
         ("infer", ["--questions=q", "--output=s3://o", "--model_dir=m"], "s3:// cannot be read or written"),
-        ("infer", ["--questions=q", "--output=o", "--model_dir=m", "--buckets=0"], "infer.buckets"),
+        ("infer", ["--questions=q", "--output=o", "--model_dir=m", "--buckets=0"], "--buckets is [0]"),
         ("calibrate", ["--questions=q", "--model_dir=m", "--budget=nan"], "budget is nan"),
-        ("calibrate", ["--questions=q", "--model_dir=m", "--price=2"], "price is 2"),
-        ("evaluate", ["--questions=q", "--model_dir=m", "--num_passages=0"], "num_passages is 0"),
-        ("export", ["--model_dir=m", "--export_dir=e", "--num_passages=-1"], "num_passages is -1"),
+        ("calibrate", ["--questions=q", "--model_dir=m", "--price=2"], "--price is 2"),
+        ("evaluate", ["--questions=q", "--model_dir=m", "--num_passages=0"], "--num_passages is 0"),
+        ("export", ["--model_dir=m", "--export_dir=e", "--num_passages=-1"], "--num_passages is -1"),
         ("export", ["--model_dir=~nobody1/m", "--export_dir=e"], "not known here"),
     ],
 )
