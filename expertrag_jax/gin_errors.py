@@ -107,12 +107,14 @@ class Source:
     def _refuse_misspelt_macros(self) -> None:
         """UserError for a macro in a file that nothing uses, and whose name is nearly that of one that is used."""
         lines = list(self.lines())
-        used = set(_MACRO_USE.findall("\n".join(line for _, line in lines)))
+        text = "\n".join(line for _, line in lines)
+        used = set(_MACRO_USE.findall(text))
+        set_elsewhere = used & set(_MACRO_BINDING.findall(text))  # of others gin says that they lack a value
         for place, line in lines:
             bound = _MACRO_BINDING.match(line)
             if bound is None or bound[1] in used or bound[1] in MACROS:
                 continue
-            near = difflib.get_close_matches(bound[1], sorted(used), n=1, cutoff=_MISSPELT)
+            near = difflib.get_close_matches(bound[1], sorted(set_elsewhere), n=1, cutoff=_MISSPELT)
             if near and not _is_variant(bound[1], near[0]):
                 raise UserError(f"{place}: nothing uses the macro {bound[1]}; did you mean '{near[0]}'?")
 
