@@ -83,8 +83,8 @@ class MeshConfig:
         """The four axis sizes on ``num_devices`` devices; UserError if their product differs."""
         sizes = [getattr(self, axis) for axis in MESH_AXES]
         written = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise UserError(f"Mesh {written}: sizes are positive, and at most one of them is -1 (the rest).")
+        if sizes.count(-1) > 1:
+            raise UserError(f"Mesh {written}: at most one of the sizes is -1 (the rest).")
         if -1 in sizes:
             sizes[sizes.index(-1)] = max(1, num_devices // math.prod(size for size in sizes if size != -1))
         if math.prod(sizes) != num_devices:

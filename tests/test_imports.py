@@ -44,8 +44,7 @@ HOUSE = (
     ("native output", ("native_output",)),
     ("disk", ("disk",)),
     ("terminal", ("terminal",)),
-    ("ranges", ("ranges",)),
-    ("files", ("files",)),
+    ("files, and what they may say", ("files", "ranges")),
     ("registry", ("registry",)),
     ("errors", ("errors",)),
 )

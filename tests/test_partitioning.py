@@ -80,8 +80,7 @@ def test_wrong_logical_axes_are_errors(axes, message):
         (MeshConfig(data=3), 8, "data=3, fsdp=1, expert=1, tensor=1 does not cover 8 devices"),
         (MeshConfig(tensor=3), 8, "data=-1, fsdp=1, expert=1, tensor=3 does not cover 8 devices"),
         (MeshConfig(tensor=16), 8, "does not cover 8 devices"),
-        (MeshConfig(data=-1, fsdp=-1), 8, "at most one of them is -1"),
-        (MeshConfig(data=0), 8, "sizes are positive"),
+        (MeshConfig(data=-1, fsdp=-1), 8, "at most one of the sizes is -1"),
     ],
 )
 def test_mesh_sizes(config, devices, expected):

@@ -65,6 +65,7 @@ class Checkpoints:
         cut_off = _half_written(directory) if jax.process_index() == 0 else []  # opening removes them
         self._held = Held()
         self._saving: Any = None  # what the last asynchronous save answered: it keeps a thread and three files open
+        self._told = False  # whether an error of that save was raised
         self._checkpointer = ocp.training.Checkpointer(
             directory, preservation_policy=self._keep.policy(self._held), cleanup_tmp_directories=True
         )
@@ -85,7 +86,8 @@ class Checkpoints:
         except Exception as error:
             if kind is None:
                 raise
-            _LOG.error("%s", error)  # beside the error that ended the run, which is the one to be seen
+            if not self._told:
+                _LOG.error("%s", error)  # beside the error that ended the run, which is the one to be seen
 
     @property
     def latest(self) -> int | None:
@@ -130,7 +132,9 @@ class Checkpoints:
         """Waits for the last asynchronous save and frees what it holds."""
         saving, self._saving = self._saving, None
         if saving is not None:
+            self._told = True  # what goes wrong now; closing would tell it once more
             saving.result()
+            self._told = False
 
     def newest_whole(self, read: Callable[[int], _T]) -> _T:
         """``read(step)`` of the newest checkpoint for which it does not raise ``Damaged``.

@@ -12,6 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 from expertrag_jax import partitioning, train
 from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
+from expertrag_jax.files import writing
 from expertrag_jax.training import events, goodput, telemetry
 from expertrag_jax.training.interruption import Interrupted
 
@@ -60,7 +61,7 @@ def test_records_survive_a_start_that_is_killed(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(telemetry.os, "replace", killed)
+        patched.setattr(writing.os, "replace", killed)
         telemetry.Telemetry(tmp_path).resume(0)
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
