@@ -17,6 +17,7 @@ import numpy as np
 from expertrag_jax.answering import Answerer, Programs, Questions, SystemPrograms
 from expertrag_jax.errors import UserError
 from expertrag_jax.gate.policy import Always, Learned, Never, Policy
+from expertrag_jax.ranges import Count, Weight, checked
 from expertrag_jax.retrieval import versions
 from expertrag_jax.retrieval.corpus import Question
 from expertrag_jax.retrieval.index import open_index
@@ -30,6 +31,7 @@ READER_VOCABULARY, RETRIEVER_VOCABULARY = "vocabulary/reader.model", "vocabulary
 RETRIEVE = ("gate", "always", "never")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class AnswerSettings:
     """The static sizes of answering; an export is compiled for one set of them.
@@ -45,22 +47,19 @@ class AnswerSettings:
       UserError: a size below 1, or a question that would not fit in the reader's input.
     """
 
-    question_length: int
-    query_length: int
-    reader_length: int
-    answer_length: int
-    num_passages: int
+    question_length: Count
+    query_length: Count
+    reader_length: Count
+    answer_length: Count
+    num_passages: Count
     fusion: str = "per_passage"
-    buckets: tuple[int, ...] = (1, 8, 64)
-    threshold: float = 0.5
+    buckets: tuple[Count, ...] = (1, 8, 64)
+    threshold: Weight = 0.5
 
     def __post_init__(self):
         object.__setattr__(self, "buckets", tuple(sorted({int(bucket) for bucket in self.buckets})))
-        for name in ("question_length", "query_length", "reader_length", "answer_length", "num_passages"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1.")
-        if not self.buckets or self.buckets[0] < 1:
-            raise UserError(f"buckets are {self.buckets}: name at least one batch size, all at least 1.")
+        if not self.buckets:
+            raise UserError("buckets are empty: name at least one batch size.")
         if self.reader_length < self.question_length:
             raise UserError(
                 f"reader_length {self.reader_length} cannot hold a question of question_length "

@@ -20,7 +20,7 @@ from expertrag_jax.assembly import (
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.sealed import unsealed
 from expertrag_jax.gate.network import with_calibration
-from expertrag_jax.ranges import Fraction, Number, Positive
+from expertrag_jax.ranges import Number, Positive, Weight
 from expertrag_jax.retrieval import versions
 from expertrag_jax.retrieval.manifest import read_manifest
 from expertrag_jax.systems.description import rebuild
@@ -153,7 +153,7 @@ def _calibration(model_dir: Path, source: Path) -> dict[str, float]:
         return {}
     remedy = "run `expertrag calibrate --overwrite`"
     stored = unsealed(path, remedy)
-    for name, hint in {"threshold": Fraction, "scale": Positive, "bias": Number}.items():
+    for name, hint in {"threshold": Weight, "scale": Positive, "bias": Number}.items():
         wanted = ranges.problem(stored.get(name), hint)
         if wanted is not None:
             value = ranges.shown(stored.get(name))

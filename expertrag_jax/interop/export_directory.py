@@ -29,7 +29,7 @@ from expertrag_jax.retrieval.manifest import file_entry
 
 PARAMETERS, PROGRAMS = "parameters", "programs"
 FORMAT, FORMAT_VERSION = "expertrag_jax.export", 1
-_REMEDY = "copy the whole directory again, or export again"
+REMEDY = "copy the whole directory again, or export again"
 _LIBRARIES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
 
 
@@ -109,16 +109,16 @@ def read_manifest(directory: str | Path) -> ExportManifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{directory} is not an export: it has no {MANIFEST_NAME}.")
-    fields = sealed.parsed(path, _REMEDY)
+    fields = sealed.parsed(path, REMEDY)
     if fields.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of an export: name what `expertrag export` wrote.")
     if fields.get("format_version") != FORMAT_VERSION:
         version = ranges.shown(fields.get("format_version"))
         raise UserError(f"{path} has format version {version} but this release reads {FORMAT_VERSION}: export again.")
-    fields = sealed.without_seal(fields, path, _REMEDY)
+    fields = sealed.without_seal(fields, path, REMEDY)
     del fields["format"]
-    manifest = sealed.build(ExportManifest, fields, path, _REMEDY)
-    sealed.check_file_names(manifest.files, path, _REMEDY)
+    manifest = sealed.build(ExportManifest, fields, path, REMEDY)
+    sealed.check_file_names(manifest.files, path, REMEDY)
     return manifest
 
 
@@ -126,7 +126,7 @@ def check_files(directory: str | Path, manifest: ExportManifest) -> None:
     """Raises UserError for the first file that is missing or is not the one that was written."""
     for name, entry in manifest.files.items():
         path = Path(directory) / name
-        sealed.check_is_file(path, "the export", _REMEDY)
+        sealed.check_is_file(path, "the export", REMEDY)
         if file_entry(path) != entry:
             raise UserError(
                 f"{path} is damaged (its SHA-256 is not the manifest's): copy it again, or export again."

@@ -30,6 +30,7 @@ from expertrag_jax import decoding
 from expertrag_jax.answering import choices_of, question_program, read_program
 from expertrag_jax.assembly import AnswerSettings
 from expertrag_jax.errors import UserError
+from expertrag_jax.files import sealed
 from expertrag_jax.interop import export_directory
 from expertrag_jax.interop.export_directory import PARAMETERS, PROGRAMS
 from expertrag_jax.training import pretrained
@@ -155,7 +156,10 @@ class ExportedPrograms:
         if verify:
             export_directory.check_files(self.directory, self.manifest)
         self._check_platform()
-        self.settings = AnswerSettings(**self.manifest.settings)
+        manifest_path = self.directory / export_directory.MANIFEST_NAME
+        self.settings = sealed.build(
+            AnswerSettings, self.manifest.settings, manifest_path, export_directory.REMEDY
+        )
         self._exported = {name: self._deserialise(name) for name in self.manifest.programs}
         self.params = self._restore()
         self._compiled: dict[tuple, Callable] = {}
@@ -228,13 +232,19 @@ class ExportedPrograms:
     def _deserialise(self, name: str) -> export.Exported:
         path = self.directory / PROGRAMS / f"{name}.jaxexport"
         try:
-            return export.deserialize(bytearray(path.read_bytes()))
+            program = export.deserialize(bytearray(path.read_bytes()))
+            shapes = interface(program)
         except Exception as error:  # flatbuffers and JAX raise whatever the bytes lead them to
             written = self.manifest.versions.get("jax")
             raise UserError(
                 f"{path} cannot be read by jax {jax.__version__} (written by {written}: {error}): export the "
                 "model again."
             ) from error
+        if shapes != self.manifest.programs[name]:
+            raise UserError(
+                f"{path} is another program than the manifest says (its shapes differ): {export_directory.REMEDY}."
+            )
+        return program
 
     def _restore(self) -> Any:
         exported = next(iter(self._exported.values()))

@@ -273,7 +273,7 @@ def test_every_flipped_bit_of_a_gate_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"scale": -1}, {"scale": 0}, {"scale": "1"}, {"threshold": 1.5}, {"threshold": None}, {"bias": True}],
+    [{"scale": -1}, {"scale": 0}, {"scale": "1"}, {"threshold": -0.5}, {"threshold": None}, {"bias": True}],
     ids=str,
 )
 def test_a_gate_outside_its_ranges_is_refused(tmp_path, fields):

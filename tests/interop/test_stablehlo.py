@@ -202,3 +202,30 @@ def test_what_is_not_an_export_is_never_overwritten(copy, tiny, tmp_path):
     for other in (tiny.model_dir, tiny.index_dir):
         with pytest.raises(UserError, match="not an export|not the manifest of an export"):
             check_writable(other, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"question_length": 0},
+        {"buckets": []},
+        {"buckets": "12"},
+        {"unknown": 1},
+        {"threshold": None},
+        {"num_passages": 10**30},
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_one_sentence(copy, change):
+    edit(copy, settings=read_manifest(copy).settings | change)
+    with pytest.raises(UserError):
+        ExportedPrograms(copy, verify=False)
+
+
+def test_a_program_of_other_shapes_is_refused(copy):
+    manifest = read_manifest(copy)
+    name = next(iter(manifest.programs))
+    described = manifest.programs[name] | {"arguments": []}
+    edit(copy, programs=manifest.programs | {name: described})
+    with pytest.raises(UserError, match="another program than the manifest says"):
+        ExportedPrograms(copy, verify=False)
