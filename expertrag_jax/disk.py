@@ -26,6 +26,7 @@ _ENVIRONMENT = {
     )
     if hasattr(errno, name)
 }  # fmt: skip
+_CLASSES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 @contextlib.contextmanager
@@ -66,6 +67,3 @@ def is_full(error: BaseException | None) -> bool:
 def of_environment(error: BaseException) -> bool:
     """Whether the system refused a file, a folder, a device or one more descriptor: no defect of the program."""
     return isinstance(error, OSError) and (error.errno in _ENVIRONMENT or isinstance(error, _CLASSES))
-
-
-_CLASSES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)

@@ -16,7 +16,9 @@ import numpy as np
 
 from expertrag_jax.assembly import RETRIEVER_VOCABULARY, tokenise_questions
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
+from expertrag_jax.ranges import checked
 from expertrag_jax.retrieval.cache import RetrievalCache
 from expertrag_jax.retrieval.index import LoadedIndex, open_index
 from expertrag_jax.retrieval.manifest import check_matches, parameters_digest
@@ -84,11 +86,12 @@ def load_encoder(path: str | Path) -> TrainedEncoder:
     )
 
 
+@checked
 def open_retriever(
-    index_dir: str | Path,
-    retriever: str | Path | TrainedEncoder | None = None,
-    cache: str | Path | None = None,
-    reader_vocabulary: str | Path | None = None,
+    index_dir: LocalPath,
+    retriever: LocalPath | TrainedEncoder | None = None,
+    cache: LocalPath | None = None,
+    reader_vocabulary: LocalPath | None = None,
     verify: bool = True,
 ) -> Retriever:
     """The retriever over an index directory.

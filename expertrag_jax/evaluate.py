@@ -84,8 +84,6 @@ def evaluate(
       UserError: bad input; nothing is overwritten.
     """
     start = time.monotonic()
-    if not model_dir:
-        raise UserError("give --model_dir, the folder of the trained model.")
     check_rule(rule)
     directory = report_dir(output_dir, model_dir)
     check_output_dir(directory, overwrite)

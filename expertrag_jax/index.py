@@ -91,8 +91,6 @@ def build_index(
       UserError: bad files, a kind that does not fit, or a place that is taken; nothing is overwritten.
     """
     start = time.monotonic()
-    if not index_dir:
-        raise UserError("give --index_dir, the folder of the index.")
     if verify:
         loaded = verify_index(index_dir)
         print(f"{index_dir} is whole: a {loaded.manifest.kind} index of {len(loaded)} passages", flush=True)

@@ -58,8 +58,8 @@ PARAMETER_RULES: Rules = tuple((name, "fsdp" if name == "embed" else axes) for n
 
 _activation_rules = contextvars.ContextVar("activation_rules", default=ACTIVATION_RULES)
 
-
 MeshSize = Literal[-1] | Count
+"""The size of a mesh axis; -1 is the rest of the devices."""
 
 
 @checked

@@ -120,7 +120,7 @@ def problem(value: Any, hint: Any) -> str | None:
         limits = [mark for mark in marks if isinstance(mark, Ge | Gt | Le | Lt)]
         unfit = problem(value, base)
         if not limits:
-            return unfit
+            return "a path" if unfit and any(isinstance(mark, IsPath) for mark in marks) else unfit
         fits = unfit is None and all(_within(value, limit) for limit in limits)
         return None if fits and (base is int or math.isfinite(value)) else _range(base, limits)
     if origin in (Union, types.UnionType):

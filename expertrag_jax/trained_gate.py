@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from expertrag_jax.answering import SystemPrograms, pad_rows
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.ranges import checked
 from expertrag_jax.trained_model import open_model
 
 ROWS = 64  # questions per call of the compiled program
 
 
-def open_gate(model_dir: str | Path, checkpoint_path: str | Path | None = None) -> Callable[[np.ndarray], np.ndarray]:
+@checked
+def open_gate(model_dir: LocalPath, checkpoint_path: LocalPath | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """The calibrated gate of a trained system, for ``register_questions(p_ret=...)`` and the policy ``Learned``.
 
     Args:

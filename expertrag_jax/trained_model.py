@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from expertrag_jax import ranges
 from expertrag_jax.assembly import (
     READER_VOCABULARY,
     RETRIEVER_VOCABULARY,
@@ -18,7 +17,7 @@ from expertrag_jax.assembly import (
     refreshed_encoder_digest,
 )
 from expertrag_jax.errors import UserError
-from expertrag_jax.files.sealed import unsealed
+from expertrag_jax.files.sealed import check_fields, unsealed
 from expertrag_jax.gate.network import with_calibration
 from expertrag_jax.ranges import Number, Positive, Weight
 from expertrag_jax.retrieval import versions
@@ -153,11 +152,7 @@ def _calibration(model_dir: Path, source: Path) -> dict[str, float]:
         return {}
     remedy = "run `expertrag calibrate --overwrite`"
     stored = unsealed(path, remedy)
-    for name, hint in {"threshold": Weight, "scale": Positive, "bias": Number}.items():
-        wanted = ranges.problem(stored.get(name), hint)
-        if wanted is not None:
-            value = ranges.shown(stored.get(name))
-            raise UserError(f"{path} is damaged ({name} is {value}, and must be {wanted}): {remedy}.")
+    check_fields(stored, {"threshold": Weight, "scale": Positive, "bias": Number}, path, remedy)
     found = {name: float(stored[name]) for name in ("threshold", "scale", "bias")}
     if stored.get("checkpoint", source.name) != source.name:
         raise UserError(

@@ -20,11 +20,14 @@ from expertrag_jax.data.preprocessors import record
 from expertrag_jax.data.question_tasks import question_task, register
 from expertrag_jax.data.vocabularies import Vocabularies
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.ranges import checked
 from expertrag_jax.retrieval.corpus import Question, read_questions_jsonl
 
-Paths = str | os.PathLike | Mapping[str, str | os.PathLike]
+Paths = LocalPath | Mapping[str, LocalPath] | None  # None: a gin macro without a value, refused when it is read
 
 
+@checked
 def register_questions(name: str, path: Paths, vocabularies: Vocabularies, **evidence: Any) -> seqio.Task:
     """Registers a task over files of questions (one JSON object per line, plain or gzipped).
 

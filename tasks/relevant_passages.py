@@ -24,7 +24,7 @@ from expertrag_jax.retrieval.retriever import Retriever
 from tasks.inverse_cloze import pair_record, retriever_task
 
 _LOG = logging.getLogger(__name__)
-Paths = str | os.PathLike | Mapping[str, str | os.PathLike]
+Paths = LocalPath | Mapping[str, LocalPath] | None  # None: a gin macro without a value, refused when it is read
 _CANDIDATES = 30  # searched per question: the best of them that hold no answer are hard negatives
 
 
@@ -34,7 +34,7 @@ def register_relevant_passages(
     corpus: LocalPath,
     vocabularies: Vocabularies,
     name: str = "relevant_passages",
-    negatives_from: str | os.PathLike | None = None,
+    negatives_from: LocalPath | None = None,
     num_negatives: Count = 1,
     rule: str = "squad1",
 ) -> seqio.Task:

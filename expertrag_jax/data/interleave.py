@@ -69,8 +69,7 @@ class Interleave:
     weights: Sequence[Natural]
 
     def __post_init__(self):
-        wrong = [w for w in self.weights if w != int(w) or w < 0]
-        if len(self.pipelines) != len(self.weights) or wrong or not any(self.weights):
+        if len(self.pipelines) != len(self.weights) or not any(self.weights):
             raise UserError(
                 f"interleaving {len(self.pipelines)} pipelines with weights {list(self.weights)}: give each "
                 "pipeline a whole number of batches per period, and at least one of them more than 0"

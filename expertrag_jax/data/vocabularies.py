@@ -13,6 +13,7 @@ from typing import Any
 import seqio
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import local
 
 PAD, EOS = 0, 1
 
@@ -32,7 +33,7 @@ def seqio_vocabulary(vocabulary: Any) -> seqio.Vocabulary:
     """
     if isinstance(vocabulary, seqio.Vocabulary):
         return vocabulary
-    path = os.fspath(getattr(vocabulary, "path", vocabulary))
+    path = str(local(getattr(vocabulary, "path", vocabulary)))
     if not os.path.exists(path):
         raise UserError(f"the vocabulary {path} does not exist; give the path of a SentencePiece model file")
     loaded = seqio.SentencePieceVocabulary(path)

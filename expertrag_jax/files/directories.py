@@ -13,8 +13,8 @@ from pathlib import Path
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.lock import locked
-from expertrag_jax.files.paths import check_folder
-from expertrag_jax.files.writing import remove_dead, sync
+from expertrag_jax.files.writable import check_folder
+from expertrag_jax.files.writing import remove_dead, sync, umask
 
 MANIFEST_NAME = "manifest.json"
 
@@ -54,7 +54,7 @@ def built_beside(directory: Path) -> Iterator[Path]:
     built = Path(tempfile.mkdtemp(prefix=f".{directory.name}.writing-", dir=directory.parent))
     try:
         with locked(built):
-            os.chmod(built, 0o777 & ~_umask())  # mkdtemp's 0700 would hide it from other users
+            os.chmod(built, 0o777 & ~umask())  # mkdtemp's 0700 would hide it from other users
             yield built
     except BaseException:
         shutil.rmtree(built, ignore_errors=True)
@@ -84,9 +84,3 @@ def exchange(new: Path, old: Path) -> bool:
         return False
     at_cwd, flag = -100, 2
     return renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), flag) == 0
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

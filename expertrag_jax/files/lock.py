@@ -1,8 +1,8 @@
 """One writer at a time: a lock that ends with its process, and says who holds it.
 
-The lock is ``flock`` on a file, which the system releases when the process ends, however it ends. Over a network file
-system it holds as far as that system passes ``flock`` on (NFS 4, Lustre with ``-o flock``); where locks are not
-supported a warning says so and the work goes on.
+The lock is ``flock`` on a file, which the system releases when the process ends, however it ends. A network file system
+must pass ``flock`` on for the lock to hold (NFS 4, Lustre with ``-o flock``). If locks are not supported, a warning
+says so and the command continues.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from expertrag_jax.errors import UserError
-from expertrag_jax.files.paths import check_folder, target
+from expertrag_jax.files.paths import target
+from expertrag_jax.files.writable import check_folder
 
 LOCK = ".lock"
 _T = TypeVar("_T", bound=Callable[..., Any])
@@ -38,7 +39,7 @@ def only_writer(path: str | os.PathLike, what: str, inside: bool = False) -> Ite
 
     Args:
       path: a file or folder, whose lock is the file ``.NAME.lock`` beside it.
-      what: is written, for the message of whoever comes second: ``"MODEL_DIR runs/qa"``.
+      what: describes the output in the message that a second writer gets: ``"MODEL_DIR runs/qa"``.
       inside: the lock is the file ``LOCK`` in the folder, for one that is written in place.
 
     Raises:
@@ -55,7 +56,7 @@ def only_writer(path: str | os.PathLike, what: str, inside: bool = False) -> Ite
     finally:
         if descriptor is not None:
             with contextlib.suppress(OSError):
-                os.unlink(place)  # while it is held: whoever opened this file looks again, see `_acquire`
+                os.unlink(place)  # before the release: a process that has opened it tries again (`_acquire`)
             os.close(descriptor)
         with contextlib.suppress(OSError):
             for folder in made:
@@ -87,7 +88,7 @@ def one_writer(place: Callable[[Mapping[str, Any]], str | os.PathLike], what: st
 
 
 def is_dead(path: Path) -> bool:
-    """Whether nobody holds the lock on a file or folder itself, as ``locked`` does; one a second old may be new."""
+    """Whether no process holds the lock on a file or folder (``locked``); a new one may not be locked yet."""
     try:
         if time.time() - os.stat(path).st_mtime < 1:
             return False
@@ -108,7 +109,7 @@ def locked(path: Path) -> Iterator[None]:
     """Locks a file or folder of this process's own, so that others see that its writer lives (``is_dead``)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # without locks nobody can prove that the writer is dead either
+        with contextlib.suppress(OSError):  # without locks, no other process can lock it either
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:

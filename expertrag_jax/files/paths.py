@@ -1,10 +1,9 @@
-"""The one reader of paths: whatever a command, a gin value or a file's field names as a path goes through ``local``."""
+"""The one reader of paths: every path in a flag or a gin value goes through ``local``."""
 
 from __future__ import annotations
 
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ LocalPath = Annotated[str | os.PathLike, IsPath()]
 def local(path: str | os.PathLike) -> Path:
     """The absolute path, with ``~`` expanded and the folders above it resolved; nothing has to be there.
 
-    The last part may be a link: who reads follows it, and who writes replaces what it points to (``target``).
+    The last part may be a link. Readers follow it, and writers replace what it points to (``target``).
 
     Raises:
       UserError: it is empty, has a scheme (``gs://``), cannot be a name on this system, or is a loop of links.
@@ -45,7 +44,7 @@ def local(path: str | os.PathLike) -> Path:
         os.fsencode(expanded).decode("utf-8")
         os.stat(expanded)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # whoever needs it says so
+        pass  # the reader or writer reports it
     except ValueError:  # UnicodeError is one
         raise UserError(f"{text!r} cannot be a path: it holds a zero byte or half a character.") from None
     except OSError as error:
@@ -57,17 +56,3 @@ def local(path: str | os.PathLike) -> Path:
 def target(path: str | os.PathLike) -> Path:
     """``local(path)``, and where that is a link, what it points to: the place to write."""
     return Path(os.path.realpath(local(path)))
-
-
-def check_folder(folder: str | os.PathLike) -> None:
-    """UserError where a folder cannot be made, or nothing can be written into it."""
-    place = Path(folder)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"{folder} cannot be made: {place} is no folder; name another place.")
-    try:
-        with tempfile.TemporaryFile(dir=place):  # rights alone do not tell: file systems may be read-only, or no disks
-            pass
-    except OSError as error:
-        raise UserError(f"{place} cannot be written ({error.strerror}): mend that, or name another place.") from None

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ def sealed(fields: Mapping[str, Any]) -> str:
 def unsealed(path: Path, remedy: str) -> dict[str, Any]:
     """The fields of a file that ``sealed`` made.
 
-    A file without a checksum, as releases before 0.2 wrote it, is read with a warning.
+    A file without a checksum, as earlier releases wrote it, is read with a warning.
 
     Raises:
       UserError: it cannot be read, is no JSON object, or is not what was written; ends in ``remedy``.
@@ -84,13 +85,37 @@ def build(cls: type[_T], fields: Mapping[str, Any], path: Path, remedy: str) -> 
     needed = [name for name, field in known.items() if _has_no_default(field)]
     problems = [f"the field {name!r} is unknown" for name in fields if name not in known]
     problems += [f"the field {name!r} is missing" for name in needed if name not in fields]
-    for name in known.keys() & fields.keys():
-        wanted = ranges.problem(fields[name], hints[name])
-        if wanted is not None:
-            problems.append(f"{name} is {ranges.shown(fields[name])}, and must be {wanted}")
     if problems:
         raise UserError(f"{path} is damaged ({sorted(problems)[0]}): {remedy}.")
+    check_fields(fields, {name: hints[name] for name in fields}, path, remedy)
     return cls(**{name: _tuples(value, hints[name]) for name, value in fields.items()})
+
+
+def manifest(cls: type[_T], path: Path, kind: str, format_name: str, version: int, remedy: str) -> _T:
+    """The manifest of a directory.
+
+    Args:
+      cls: its dataclass, with the fields ``files`` and ``format_version``.
+      path: of the file.
+      kind: of directory, for messages: "index".
+      format_name: what the file says under "format".
+      version: that this release reads.
+      remedy: what mends a damaged directory.
+
+    Raises:
+      UserError: it is damaged, of another format, or of another version.
+    """
+    fields = parsed(path, remedy)
+    if fields.get("format") != format_name:
+        raise UserError(f"{path} is not the manifest of an {kind}: name an {kind} directory.")
+    if fields.get("format_version") != version:
+        found = ranges.shown(fields.get("format_version"))
+        raise UserError(f"{path} has format version {found} but this release reads {version}: {remedy}.")
+    fields = without_seal(fields, path, remedy)
+    del fields["format"]
+    made = build(cls, fields, path, remedy)
+    check_file_names(made.files, path, remedy)
+    return made
 
 
 def settings(path: Path, hints: Mapping[str, Any], remedy: str) -> dict[str, Any]:
@@ -100,11 +125,19 @@ def settings(path: Path, hints: Mapping[str, Any], remedy: str) -> dict[str, Any
       UserError: as ``build``.
     """
     fields = parsed(path, remedy)
-    for name in dict.fromkeys([*hints, *fields]):
-        wanted = ranges.problem(fields.get(name), hints[name]) if name in hints else "left out"
-        if wanted is not None:
-            raise UserError(f"{path} is damaged ({name} is {ranges.shown(fields.get(name))}, not {wanted}): {remedy}.")
+    for name in fields.keys() - hints.keys():
+        raise UserError(f"{path} is damaged (the field {name!r} is unknown): {remedy}.")
+    check_fields(fields, hints, path, remedy)
     return fields
+
+
+def check_fields(fields: Mapping[str, Any], hints: Mapping[str, Any], path: Path, remedy: str) -> None:
+    """Raises UserError for the first field that is not of its annotation; a missing one counts as None."""
+    for name, hint in hints.items():
+        wanted = ranges.problem(fields.get(name), hint)
+        if wanted is not None:
+            told = f"{name} is {ranges.shown(fields.get(name))}, and must be {wanted}"
+            raise UserError(f"{path} is damaged ({told}): {remedy}.")
 
 
 def array(path: Path, shape: tuple[int, ...], dtype: str, remedy: str) -> np.ndarray:
@@ -127,7 +160,7 @@ def check_file_names(files: Mapping[str, Mapping[str, Any]], path: Path, remedy:
     """Whether a manifest's files are inside of its directory, each with its bytes and SHA-256; UserError if not."""
     for name, entry in files.items():
         place = PurePosixPath(name)
-        inside = name == place.as_posix() and not place.is_absolute() and ".." not in place.parts and "\\0" not in name
+        inside = name == place.as_posix() and not place.is_absolute() and ".." not in place.parts and "\0" not in name
         if not inside or name in ("", "."):
             raise UserError(f"{path} is damaged (it names the file {ranges.shown(name)}): {remedy}.")
         size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, Mapping) else (None, None)
@@ -150,7 +183,7 @@ def _has_no_default(field: dataclasses.Field) -> bool:
 
 def _tuples(value: Any, hint: Any) -> Any:
     """JSON has lists alone; a field that is a tuple gets one."""
-    return tuple(value) if isinstance(value, list) and str(hint).startswith("tuple") else value
+    return tuple(value) if isinstance(value, list) and typing.get_origin(hint) is tuple else value
 
 
 def _checksum(fields: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import stat
@@ -13,7 +14,8 @@ from typing import IO
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.lock import is_dead, locked
-from expertrag_jax.files.paths import check_folder, target
+from expertrag_jax.files.paths import target
+from expertrag_jax.files.writable import check_folder
 
 _MARK = ".writing-"
 
@@ -70,17 +72,12 @@ def whole(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 def remove_dead(place: Path) -> None:
     """Removes what killed writers of this file or folder left beside it; what a living one writes stays."""
-    for left in place.parent.glob(f".{glob_escape(place.name)}{_MARK}*"):
+    for left in place.parent.glob(f".{glob.escape(place.name)}{_MARK}*"):
         if is_dead(left):
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
-
-
-def glob_escape(name: str) -> str:
-    """A name that stands for itself in a glob pattern."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
 def sync(path: Path) -> None:
@@ -96,6 +93,11 @@ def _mode(place: Path) -> int:
     """The rights of the file that is replaced, or those that the umask leaves."""
     if place.exists():
         return stat.S_IMODE(place.stat().st_mode)
+    return 0o666 & ~umask()
+
+
+def umask() -> int:
+    """The rights that this process withholds from new files; the system tells them only when they are set."""
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return mask

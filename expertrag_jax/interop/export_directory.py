@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import expertrag_jax
-from expertrag_jax import ranges
 from expertrag_jax.errors import UserError
 from expertrag_jax.files import directories, sealed
 from expertrag_jax.files.directories import MANIFEST_NAME
@@ -109,17 +108,7 @@ def read_manifest(directory: str | Path) -> ExportManifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{directory} is not an export: it has no {MANIFEST_NAME}.")
-    fields = sealed.parsed(path, REMEDY)
-    if fields.get("format") != FORMAT:
-        raise UserError(f"{path} is not the manifest of an export: name what `expertrag export` wrote.")
-    if fields.get("format_version") != FORMAT_VERSION:
-        version = ranges.shown(fields.get("format_version"))
-        raise UserError(f"{path} has format version {version} but this release reads {FORMAT_VERSION}: export again.")
-    fields = sealed.without_seal(fields, path, REMEDY)
-    del fields["format"]
-    manifest = sealed.build(ExportManifest, fields, path, REMEDY)
-    sealed.check_file_names(manifest.files, path, REMEDY)
-    return manifest
+    return sealed.manifest(ExportManifest, path, "export", FORMAT, FORMAT_VERSION, REMEDY)
 
 
 def check_files(directory: str | Path, manifest: ExportManifest) -> None:

@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 
 import expertrag_jax
-from expertrag_jax import ranges
 from expertrag_jax.errors import UserError
 from expertrag_jax.files import sealed
 from expertrag_jax.files.directories import MANIFEST_NAME
 from expertrag_jax.ranges import Count
+from expertrag_jax.retrieval.protocol import REMEDY
 
 FORMAT = "expertrag_jax.index"
 FORMAT_VERSION = 1
-_REMEDY = "copy the whole directory again, or build the index again"
 _LIBRARIES = ("numpy", "jax", "scann", "bm25s", "PyStemmer")
 
 
@@ -83,19 +82,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{directory} is not an index: it has no {MANIFEST_NAME}")
-    fields = sealed.parsed(path, _REMEDY)
-    if fields.get("format") != FORMAT:
-        raise UserError(f"{path} is not the manifest of an index of expertrag_jax: name an index directory")
-    if fields.get("format_version") != FORMAT_VERSION:
-        version = ranges.shown(fields.get("format_version"))
-        raise UserError(
-            f"{path} has format version {version} but this release reads {FORMAT_VERSION}: build the index again"
-        )
-    fields = sealed.without_seal(fields, path, _REMEDY)
-    del fields["format"]
-    manifest = sealed.build(Manifest, fields, path, _REMEDY)
-    sealed.check_file_names(manifest.files, path, _REMEDY)
-    return manifest
+    return sealed.manifest(Manifest, path, "index", FORMAT, FORMAT_VERSION, REMEDY)
 
 
 def file_entry(path: Path) -> dict:
@@ -112,7 +99,7 @@ def check_files(directory: str | Path, manifest: Manifest, contents: bool = True
     """
     for name, entry in manifest.files.items():
         path = Path(directory) / name
-        sealed.check_is_file(path, "the index", "copy the whole directory, or build the index again")
+        sealed.check_is_file(path, "the index", REMEDY)
         if path.stat().st_size != entry["bytes"] or (contents and file_entry(path) != entry):
             raise UserError(
                 f"{path} is damaged (its SHA-256 is not the manifest's): copy or build the index again"

@@ -100,7 +100,6 @@ class Retriever:
           k: passages per question; may exceed the corpus.
         """
         rows, scores = self.search(texts, query_tokens, k)
-        self._check_rows(rows)
         return Retrieved(rows, scores, self.tokens_of(rows))
 
     def tokens_of(self, rows: np.ndarray) -> np.ndarray | None:
@@ -130,7 +129,9 @@ class Retriever:
     ) -> tuple[np.ndarray, np.ndarray]:
         """``retrieve`` without the passages' tokens: rows [B, k] int32 and scores [B, k] float32."""
         if self.cache is None or texts is None:
-            return self._search(texts, query_tokens, k)
+            rows, scores = self._search(texts, query_tokens, k)
+            self._check_rows(rows)
+            return rows, scores
         digest = self.loaded.manifest.digest
         known = self.cache.get(digest, self.encoder_digest, k, texts)
         rows, scores = absent(len(texts), k)
@@ -143,10 +144,11 @@ class Retriever:
         for place, result in enumerate(known):
             if result is not None:
                 rows[place], scores[place] = result
+        self._check_rows(rows)
         return rows, scores
 
     def _check_rows(self, rows: np.ndarray) -> None:
-        """UserError where a row points outside of the corpus, as an index that was tampered with may have it."""
+        """Raises UserError if a row points outside the corpus, as those of a manipulated index may."""
         if rows.size and not (ABSENT_ROW <= rows.min() and rows.max() < len(self.loaded)):
             raise UserError(
                 f"{self.loaded.directory} is damaged (it finds passages that it does not hold): build the index again."

@@ -20,7 +20,7 @@ _ABBREVIATION = regex.compile(
     r"|pp?|vs|etc|cf|ca|approx|e\.g|i\.e|U\.S|U\.K|U\.N|Inc|Ltd|Co|Corp|Fig|Eq|al)\.$"
 )
 # What counts as a word: a pair of characters of a script without blanks, or what stands between blanks, if it has at
-# most 40 letters; what is longer is no word that a person reads, and counts by five letters.
+# most 40 letters. A longer run, such as an encoded file, counts as one word for every five letters.
 _PAIR = rf"(?:[{WITHOUT_BLANKS}]\p{{M}}*){{1,2}}\p{{P}}*"
 _LETTER = rf"(?![{WITHOUT_BLANKS}]|\s)\X"
 _WORD = regex.compile(

@@ -2,7 +2,7 @@
 
 A system is a frozen dataclass of numbers, words and further dataclasses. Optimizers and other functions are
 left out: whoever reads a checkpoint to answer, to export or to embed passages needs none. Classes go by their names in
-the ``registry``. Releases before 0.2 wrote ``module:Name``; the name is read and the module is not imported.
+the ``registry``. Earlier releases wrote ``module:Name``: the name is read, and the module is not imported.
 """
 
 from __future__ import annotations

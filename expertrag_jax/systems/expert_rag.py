@@ -100,7 +100,7 @@ class ExpertRAG:
     gate_dropout: Rate = 0.0
     gate_objective: str = "utility"
     retrieval_cost: Number = 0.05
-    gate_temperature: Positive = 0.1
+    gate_temperature: Weight = 0.1
     gain_kind: str = "likelihood"
     generator_steps: Natural = 1000
     gate_steps: Natural = 300

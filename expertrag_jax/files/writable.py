@@ -1,0 +1,23 @@
+"""Whether a folder can be written: asked before the work, so that hours of it are not lost."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from expertrag_jax.errors import UserError
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Raises UserError if a folder cannot be made, or if nothing can be written into it."""
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{folder} cannot be made: {place} is no folder; name another place.")
+    try:
+        with tempfile.TemporaryFile(dir=place):  # rights alone do not tell: file systems may be read-only, or no disks
+            pass
+    except OSError as error:
+        raise UserError(f"{place} cannot be written ({error.strerror}): mend that, or name another place.") from None
