@@ -129,6 +129,7 @@ FILE_PAGES: dict[str, dict[str, str | Apart | SameAs]] = {
     "docs/wikipedia.md": {
         "import gzip": "",
         "expertrag index --documents=notes/": VOCABULARY,
+        "expertrag index --index_dir=runs/notes/index --verify": "",
         "expertrag index --gin_file=examples/wikipedia_retriever.gin": VOCABULARY,
         "expertrag train --gin_file=examples/wikipedia_retriever.gin": f"{RETRIEVER} "
         f"{_macros(CLOZE_STEPS=60, TRAIN_STEPS=60)}",
