@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.sealed import parsed
 from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.expert_rag import ExpertRAG
 from expertrag_jax.systems.retriever import DualEncoder
@@ -41,7 +42,7 @@ def check_folder(directory: Path, world: str, seed: int, trained: str) -> None:
             raise UserError(f"{directory} holds files of no demo: name an empty MODEL_DIR; nothing was changed.")
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(this) + "\n")
-    elif (found := json.loads(path.read_text())) != this:
+    elif (found := parsed(path, "name another MODEL_DIR; nothing was changed")) != this:
         other = [name for name in this if found.get(name) != this[name]]
         names = {"world": "on another world", "seed": "with another seed", "trained": "of other models or steps"}
         raise UserError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.sealed import parsed
 
 WORLD_FILE = "world.json"  # says what is run in the folder
 
@@ -32,8 +32,9 @@ def read_world_name(directory: Path) -> tuple[str, str]:
     path = directory / WORLD_FILE
     if not path.is_file():
         raise UserError(f"{directory} holds no demo: name the MODEL_DIR of an `expertrag demo`.")
-    try:
-        digest, version = json.loads(path.read_text())["world"].split()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} was not written by this release: run `expertrag demo` into a new folder.") from None
+    remedy = "run `expertrag demo` into a new folder"
+    name = parsed(path, remedy).get("world")
+    if not isinstance(name, str) or len(name.split()) != 2:
+        raise UserError(f"{path} was not written by this release: {remedy}.")
+    digest, version = name.split()
     return digest, version
