@@ -22,10 +22,11 @@ from expertrag_jax import launch
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.lock import only_writer
 from expertrag_jax.files.paths import LocalPath, target
+from expertrag_jax.files.reading import contents
 from expertrag_jax.files.writing import check_output, whole
 from expertrag_jax.interop.serving import service_from_export
 from expertrag_jax.ranges import Count, checked
-from expertrag_jax.retrieval.corpus import Question, read_bytes, read_questions_jsonl
+from expertrag_jax.retrieval.corpus import Question, read_questions_jsonl
 from expertrag_jax.service import Service, service_from_model
 from expertrag_jax.trained_model import open_model
 from expertrag_jax.training.fingerprints import fingerprints
@@ -85,7 +86,7 @@ def infer(
         raise UserError(f"--mode={mode} is unknown: choose one of {', '.join(MODES)}.")
     output = output or default_output(questions, output_dir, mode)
     check_output(output, overwrite, inputs=[questions])
-    content = read_bytes(questions)
+    content = contents(questions)
     asked = read_questions_jsonl(questions, require_answers=mode == "score", held=memoryview(content))
     service = open_service(
         model_dir,

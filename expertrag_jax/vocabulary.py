@@ -15,6 +15,7 @@ import sentencepiece
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.files.reading import contents
 from expertrag_jax.files.writing import whole
 from expertrag_jax.ranges import Count, Natural, checked
 
@@ -60,12 +61,9 @@ class Vocabulary:
         """Loads a model file; raises UserError where it is missing or no SentencePiece model."""
         path = os.fspath(path)
         try:
-            with open(path, "rb") as file:
-                model = file.read()
-        except OSError as error:
-            raise UserError(
-                f"cannot read the vocabulary {path} ({error.strerror}); give the path of a .model file."
-            ) from error
+            model = contents(path)
+        except UserError as error:
+            raise UserError(f"cannot read the vocabulary: {error}; give the path of a .model file.") from None
         return cls(model, path)
 
     def encode(self, text: str) -> list[int]:

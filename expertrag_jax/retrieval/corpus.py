@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.reading import opened
 
 HARD_NEGATIVES = "hard_negative_passage_ids"
 """The field of a question's record that names passages which do not answer it."""
@@ -93,15 +94,11 @@ def open_text(path: str | Path, held: memoryview | None = None) -> Iterator[Text
         raise UserError("no file is named where one is read: set --gin.QUESTIONS, --gin.GATE_QUESTIONS or --gin.CORPUS")
     path = Path(path)
     try:
-        with open(path, "rb") if held is None else io.BufferedReader(io.BytesIO(held)) as raw:
+        with opened(path) if held is None else io.BufferedReader(io.BytesIO(held)) as raw:
             gzipped = raw.peek(2)[:2] == b"\x1f\x8b"
             binary = gzip.GzipFile(fileobj=raw) if gzipped else raw
             with io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:
                 yield text
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: name a file") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a complete gzip file ({error}): fetch it again") from None
     except UnicodeDecodeError as error:
@@ -213,14 +210,6 @@ def write_passages_tsv(passages: Passages, path: str | Path) -> None:
             writer = csv.writer(text, delimiter="\t", lineterminator="\r\n")
             writer.writerow(_COLUMNS)
             writer.writerows(zip(passages.ids, passages.texts, passages.titles))
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """All of a file or pipe; UserError where it cannot be read."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
 
 
 def json_lines(path: str | Path, held: memoryview | None = None) -> Iterator[tuple[int, dict]]:
