@@ -198,3 +198,12 @@ def log_to_stderr(debug: bool = False) -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.getLogger("expertrag_jax").setLevel(logging.INFO)
+    if not debug:
+        sys.unraisablehook = _without_late_callbacks
+
+
+def _without_late_callbacks(told: sys.UnraisableHookArgs) -> None:
+    """Leaves out what TensorStore prints after a failed read: it calls back into an event loop that has ended."""
+    trace = told.exc_traceback
+    if trace is None or not trace.tb_frame.f_code.co_name.endswith("call_soon_threadsafe"):
+        sys.__unraisablehook__(told)
