@@ -134,8 +134,9 @@ def _acquire(place: Path, what: str) -> int | None:
                 f"{what} is being written by {holder}: wait for it, end it, or name another place; nothing was changed."
             ) from None
         if _is_same(descriptor, place):  # not one that its holder has just removed
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps(_self()).encode())
+            with contextlib.suppress(OSError):  # of a full disk: the lock holds without its holder's name
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps(_self()).encode())
             return descriptor
         os.close(descriptor)
 
