@@ -6,7 +6,7 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test golden soak bench lint clean
+.PHONY: help demo test golden soak fuzz bench lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -24,6 +24,9 @@ golden: $(SETUP) ## rewrite the golden files that tests compare with
 
 soak: $(SETUP) ## kill a training run 30 times and compare its end with an uninterrupted one (3 minutes; ARGS="--experts --processes 2": up to 25)
 	JAX_PLATFORMS=cpu $(BIN)/python tests/soak/soak.py $(ARGS)
+
+fuzz: $(SETUP) ## damage what the commands read, 1,000 times, and look how they take it (1 hour; ARGS="--cases 100 --seed 3")
+	JAX_PLATFORMS=cpu $(BIN)/python tests/fuzz/fuzz.py $(ARGS)
 
 bench: $(SETUP) ## step time, memory and scaling of models and MoE layers; tables here, rows in runs/bench/*.json (20 minutes)
 	mkdir -p runs/bench
