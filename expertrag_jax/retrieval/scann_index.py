@@ -19,7 +19,7 @@ import numpy as np
 from expertrag_jax import native_output, ranges
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.sealed import array, settings
-from expertrag_jax.ranges import Count
+from expertrag_jax.ranges import Count, Natural
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.mesh_index import ExactIndex
 from expertrag_jax.retrieval.metrics import index_recall
@@ -70,7 +70,8 @@ class ScannIndex:
       num_leaves: leaves of the tree; by `automatic_parameters` where None, as the next two.
       leaves_to_search: leaves scanned per question: recall against time.
       reorder: candidates that are scored exactly (at least 8 k).
-      threads: 0 for all cores.
+      threads: that train the tree and the quantiser. One makes equal files of equal vectors; with several, which train
+        faster on a large corpus, two builds may differ. 0 means all cores.
     """
 
     kind: ClassVar[str] = "scann"
@@ -83,7 +84,7 @@ class ScannIndex:
         num_leaves: int | None = None,
         leaves_to_search: int | None = None,
         reorder: int | None = None,
-        threads: int = 0,
+        threads: Natural = 1,
     ):
         self._asked = {"num_leaves": num_leaves, "leaves_to_search": leaves_to_search, "reorder": reorder}
         self.threads = threads
