@@ -1,4 +1,4 @@
-"""Whole commands beside a rival, on a full disk and on one that can only be read: one sentence, and nothing is lost."""
+"""Whole commands beside a rival, on disks that are full or read-only, and after an upgrade: nothing is lost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 
 from expertrag_jax.main import main
 from expertrag_jax.systems.retriever import DualEncoder
+from expertrag_jax.training import integrity
+from expertrag_jax.training.pretrained import read_metadata
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 COUNT = 600
@@ -155,3 +157,38 @@ def test_every_command_says_that_the_disk_is_full(files, on_a_disk):
     given = commands(files, disk)
     ended = run(f"dd if=/dev/zero of={disk}/others bs=4k 2>/dev/null; true", given)
     check(ended, "The disk is full", ["others"])
+
+
+MODULES = {"ClosedBook": "systems.closed_book", "TransformerConfig": "model.config"}
+
+
+def as_earlier_releases_wrote(description: dict) -> dict:
+    """A description with classes by module, and without a field that is new."""
+    fields = {
+        name: as_earlier_releases_wrote(value) if isinstance(value, dict) else value
+        for name, value in description["fields"].items()
+        if name != "attention_init"
+    }
+    return {"class": f"expertrag_jax.{MODULES[description['class']]}:{description['class']}", "fields": fields}
+
+
+def test_a_checkpoint_of_an_earlier_release_resumes_to_the_bit_and_answers(files, tmp_path):
+    new, old = tmp_path / "new" / "run", tmp_path / "old" / "run"
+    assert main(commands(files, new.parent)["train"]) == 0
+    shutil.copytree(new.parent, old.parent)
+    path = old / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    stored = json.loads(path.read_text())
+    ours = stored["custom_metadata"]
+    del ours["checksum"]
+    ours["system"] = as_earlier_releases_wrote(ours["system"])
+    assert "expertrag_jax.model.config:TransformerConfig" in json.dumps(ours)
+    path.write_text(json.dumps(stored | {"custom_metadata": integrity.sealed(ours)}))
+    answers = []
+    for model in (new, old):
+        assert main([*commands(files, model.parent)["train"], "--gin.TRAIN_STEPS=4"]) == 0
+        asked = [f"--questions={files}/questions.jsonl", f"--output={model.parent}/answers.jsonl", "--buckets=64"]
+        assert main(["infer", f"--model_dir={model}", *asked]) == 0
+        answers.append((model.parent / "answers.jsonl").read_text())
+    ends = [read_metadata(model / "checkpoints" / "4") for model in (new, old)]
+    assert ends[0] == ends[1] and ends[0]["system"]["class"] == "ClosedBook"  # fingerprints of every array among them
+    assert answers[0] == answers[1]
