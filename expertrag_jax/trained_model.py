@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from expertrag_jax.training import pretrained
 from expertrag_jax.vocabulary import Vocabulary
 
 GATE_FILE = "gate.json"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,8 @@ def open_model(
         raise UserError(f"MODEL_DIR {model_dir} does not exist: name the directory of a training.")
     source, facts, system, params = pretrained.read_whole(checkpoint_path or model_dir, _read)
     gate = _calibration(model_dir, source) if calibrated else {}
+    if calibrated and not gate and "gate" in params:
+        _LOG.warning("%s has no %s, so its gate retrieves from 0.5 on: run `expertrag calibrate`", model_dir, GATE_FILE)
     settings = _trained_settings(system, facts)
     changes = {name: value for name, value in changes.items() if value is not None}
     settings = dataclasses.replace(settings, **changes)
@@ -148,7 +153,7 @@ def _calibration(model_dir: Path, source: Path) -> dict[str, float]:
       UserError: the file is damaged, or of another checkpoint than ``source``.
     """
     path = model_dir / GATE_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     remedy = "run `expertrag calibrate --overwrite`"
     stored = unsealed(path, remedy)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.index import make_index, open_index, write_index
 from expertrag_jax.retrieval.manifest import file_entry, read_manifest
 from expertrag_jax.retrieval.protocol import Queries
-from expertrag_jax.trained_model import _calibration
+from expertrag_jax.trained_model import _calibration, open_model
 
 COUNT, WIDTH = 12, 4
 
@@ -272,3 +273,20 @@ def test_a_gate_outside_its_ranges_is_refused(tmp_path, fields):
     (tmp_path / "gate.json").write_text(json.dumps(GATE | {"scale": float("inf")}))
     with pytest.raises(UserError, match="gate.json is damaged .*Infinity"):
         _calibration(tmp_path, tmp_path / "800")
+
+
+@pytest.mark.parametrize("place", [os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path)], ids=range(3))
+def test_a_gate_that_is_no_file_is_refused(tmp_path, place):
+    assert _calibration(tmp_path, tmp_path / "800") == {}
+    place(tmp_path / "gate.json")
+    with pytest.raises(UserError, match="gate.json is missing or no file: run `expertrag calibrate --overwrite`"):
+        _calibration(tmp_path, tmp_path / "800")
+
+
+def test_a_model_without_calibration_says_so(tiny, tmp_path, told):
+    shutil.copytree(tiny.model_dir, tmp_path / "model")
+    open_model(tmp_path / "model")
+    assert not any("retrieves from 0.5 on" in message for message in told())
+    (tmp_path / "model" / "gate.json").unlink()
+    assert open_model(tmp_path / "model").settings.threshold == 0.5
+    assert any("has no gate.json, so its gate retrieves from 0.5 on" in message for message in told())

@@ -44,6 +44,7 @@ OTHER = {"questions.jsonl": "a", "answers.jsonl": "c"}
         (ended(-11, ""), "FAULT"),
         (ended(None, ""), "FAULT"),
         (RIGHT, "unchanged"),
+        (ended(0, "2 questions\n", RIGHT.after, before={"questions.jsonl": "z"}), "unchanged"),  # mended
         (ended(0, "12:00:00 W 1 record was left out\n", OTHER), "warned"),
         (ended(0, "2 questions\n", OTHER), "FAULT"),
     ],

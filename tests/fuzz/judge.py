@@ -38,7 +38,8 @@ def judge(command: str, ended: Ended, expected: Ended, damaged: Path | None, fre
         return _refused(ended, damaged)
     if ended.code not in (0, 3):
         return "FAULT", f"exit code {ended.code}"
-    if _results(ended) == _results(expected) and (TIMED.match(command) or _told(ended) == _told(expected)):
+    equal = TIMED.match(command) or _told(ended) == _told(expected)
+    if equal and _results(ended, expected) == _results(expected, expected):
         return "unchanged", ""
     if re.search(r"^\d\d:\d\d:\d\d [WE] ", ended.printed, re.MULTILINE):
         return "warned", ""
@@ -71,12 +72,12 @@ def _names(sentence: str, damaged: Path) -> bool:
     return any(name in sentence for name in places) or bool(re.search(r"(question|passage|document) '", sentence))
 
 
-def _results(ended: Ended) -> dict[str, str]:
-    """The digests of what the command made."""
+def _results(ended: Ended, expected: Ended) -> dict[str, str]:
+    """The digests of what the command made; a damaged file that it has mended is none of it."""
     return {
         name: digest
         for name, digest in ended.after.items()
-        if ended.before.get(name) != digest and not VOLATILE.search(name)
+        if digest not in (ended.before.get(name), expected.before.get(name)) and not VOLATILE.search(name)
     }
 
 
