@@ -112,7 +112,8 @@ def damage(case: Case, folder: Path) -> None:
     if change in mutations.PLACE:
         change(rng, path)
     else:
-        path.write_bytes(change(rng, path.read_bytes()))
+        data = path.read_bytes()
+        path.write_bytes(change(rng, data) if data else rng.randbytes(9))
 
 
 def prepare(bench_dir: Path, folder: Path) -> None:
