@@ -69,10 +69,8 @@ def files(tiny, tiny_model, tmp_path_factory):
     shutil.copy(tiny.root / "vocabulary.model", folder)
     index = ("index", "--corpus", folder / "corpus.tsv.gz", "--vocabulary", folder / "vocabulary.model")
     assert run(*index, "--index_dir", folder / "bm25") == 0
-    system = DualEncoder(tiny.system.retriever)
-    params = {"query_encoder": tiny.params["query_encoder"]}
+    tiny_model.write_retriever(folder / "retriever", tiny)
     vocabularies = (tiny.vocabulary, tiny.vocabulary)
-    tiny_model.write_model_dir(folder / "retriever", system, params, vocabularies, None)
     wide = DualEncoder(dataclasses.replace(tiny.system.retriever, output_dim=20))
     params = jax.jit(wide.init)(jax.random.PRNGKey(0))
     tiny_model.write_model_dir(folder / "wide", wide, params, vocabularies, None)

@@ -10,7 +10,6 @@ from expertrag_jax.main import main
 from expertrag_jax.retrieval import versions
 from expertrag_jax.retrieval.index import open_index
 from expertrag_jax.retrieval.manifest import parameters_digest
-from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.trained_model import open_model
 from expertrag_jax.training import parameters
 
@@ -37,9 +36,7 @@ def files(tiny, tiny_model, tmp_path_factory):
         for place, name in enumerate(tiny_model.NAMES)
     ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    params = {"query_encoder": tiny.params["query_encoder"]}
-    vocabularies = (tiny.vocabulary, tiny.vocabulary)
-    tiny_model.write_model_dir(folder / "retriever", DualEncoder(tiny.system.retriever), params, vocabularies, None)
+    tiny_model.write_retriever(folder / "retriever", tiny)
     for edition in (0, 1):
         tiny_model.write_passage_index(
             folder / f"index{edition}", tiny.system, tiny.params, tiny.vocabulary, edition

@@ -21,6 +21,7 @@ from expertrag_jax.retrieval.index import make_index, write_index
 from expertrag_jax.retrieval.retriever import tokenize_passages
 from expertrag_jax.systems.description import describe
 from expertrag_jax.systems.expert_rag import ExpertRAG
+from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.train import corpus_digest
 from expertrag_jax.training.checkpoint import Checkpoints
 from expertrag_jax.training.state import TrainState
@@ -101,6 +102,13 @@ def write_passage_index(path: Path, made, params, vocab: Vocabulary, edition: in
     fields = {"encoder_digest": encoder_digest(params), "vocabulary_digests": digests} | changes
     index = make_index("exact").build(corpus, vectors)
     return write_index(path, index, corpus, passage_tokens=tokens, vectors=vectors, **fields)
+
+
+def write_retriever(path: Path, made: Made) -> None:
+    """The MODEL_DIR of a dual encoder with the query encoder of ``made``."""
+    params = {"query_encoder": made.params["query_encoder"]}
+    vocabularies = (made.vocabulary, made.vocabulary)
+    write_model_dir(path, DualEncoder(made.system.retriever), params, vocabularies, None)
 
 
 @dataclasses.dataclass

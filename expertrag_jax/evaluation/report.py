@@ -21,6 +21,7 @@ import numpy as np
 from expertrag_jax.evaluation import gating, intervals, page
 from expertrag_jax.evaluation.cost import SpeedUp
 from expertrag_jax.evaluation.reliability import expected_calibration_error, reliability_bins
+from expertrag_jax.files.writing import whole
 
 STRATA = ("head", "torso", "tail", "never", "volatile")
 """The order in which strata are shown; others follow alphabetically."""
@@ -152,12 +153,15 @@ def build_report(
 def write_report(report: Mapping[str, Any], directory: str | os.PathLike) -> pathlib.Path:
     """Write ``report.json`` and ``report.html`` into ``directory``; returns the path of the page.
 
-    Both are written beside their place and renamed, so a reader never sees half of one.
+    A reader never sees half of one.
     """
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-    _replace(directory / "report.html", page.render(report))
+    for name, text in (
+        ("report.json", json.dumps(report, indent=1, allow_nan=False) + "\n"),
+        ("report.html", page.render(report)),
+    ):
+        with whole(directory / name) as file:
+            file.write(text)
     return directory / "report.html"
 
 
@@ -294,9 +298,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

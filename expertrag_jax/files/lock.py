@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.paths import target
-from expertrag_jax.files.writable import check_folder
+from expertrag_jax.files.writable import check_folder, folders_above
 
 LOCK = ".lock"
 _T = TypeVar("_T", bound=Callable[..., Any])
@@ -48,19 +48,15 @@ def only_writer(path: str | os.PathLike, what: str, inside: bool = False) -> Ite
     path = target(path)
     place = path / LOCK if inside else path.with_name(f".{path.name}.lock")
     check_folder(place.parent)
-    made = [folder for folder in place.parents if not folder.exists()]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _acquire(place, what)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(place)  # before the release: a process that has opened it tries again (`_acquire`)
-            os.close(descriptor)
-        with contextlib.suppress(OSError):
-            for folder in made:
-                folder.rmdir()  # of a command that wrote nothing, for it is empty
+    with folders_above(place):
+        descriptor = _acquire(place, what)
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(place)  # before the release: a process that has opened it tries again (`_acquire`)
+                os.close(descriptor)
 
 
 def one_writer(place: Callable[[Mapping[str, Any]], str | os.PathLike], what: str) -> Callable[[_T], _T]:

@@ -1,9 +1,11 @@
-"""Whether a folder can be written: asked before the work, so that hours of it are not lost."""
+"""The folders above an output: whether they can be written, asked before the work, and their making."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from expertrag_jax.errors import UserError
@@ -21,3 +23,16 @@ def check_folder(folder: str | os.PathLike) -> None:
             pass
     except OSError as error:
         raise UserError(f"{place} cannot be written ({error.strerror}): mend that, or name another place.") from None
+
+
+@contextlib.contextmanager
+def folders_above(place: Path) -> Iterator[None]:
+    """Makes the folders above a file or folder. Those that are empty when the block ends are removed again."""
+    made = [folder for folder in place.parents if not folder.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:  # the deepest one first
+                folder.rmdir()

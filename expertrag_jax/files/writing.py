@@ -15,7 +15,7 @@ from typing import IO
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.lock import is_dead, locked
 from expertrag_jax.files.paths import target
-from expertrag_jax.files.writable import check_folder
+from expertrag_jax.files.writable import check_folder, folders_above
 
 _MARK = ".writing-"
 
@@ -53,21 +53,21 @@ def whole(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
       mode: "w" (UTF-8 text) or "wb".
     """
     place = target(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    remove_dead(place)
-    number, name = tempfile.mkstemp(prefix=f".{place.name}{_MARK}", dir=place.parent)
-    built = Path(name)
-    try:
-        with open(number, mode, encoding=None if "b" in mode else "utf-8") as file, locked(built):
-            os.fchmod(file.fileno(), _mode(place))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(built, place)
-        sync(place.parent)
-    except BaseException:
-        built.unlink(missing_ok=True)
-        raise
+    with folders_above(place):
+        remove_dead(place)
+        number, name = tempfile.mkstemp(prefix=f".{place.name}{_MARK}", dir=place.parent)
+        built = Path(name)
+        try:
+            with open(number, mode, encoding=None if "b" in mode else "utf-8") as file, locked(built):
+                os.fchmod(file.fileno(), _mode(place))
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(built, place)
+            sync(place.parent)
+        except BaseException:
+            built.unlink(missing_ok=True)
+            raise
 
 
 def remove_dead(place: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,6 @@ import time
 import pytest
 
 from expertrag_jax.main import main
-from expertrag_jax.systems.retriever import DualEncoder
 from expertrag_jax.training import integrity
 from expertrag_jax.training.pretrained import read_metadata
 
@@ -25,8 +25,9 @@ COUNT = 600
 def files(tiny, tiny_model, tmp_path_factory):
     """Copies of the tiny model, a corpus, questions, a dual encoder and a BM25 index; `commands` names them."""
     folder = tmp_path_factory.mktemp("files")
-    for name in ("model", "index", "vocabulary.model"):
-        (shutil.copytree if name != "vocabulary.model" else shutil.copy)(tiny.root / name, folder / name)
+    for name in ("model", "index"):
+        shutil.copytree(tiny.root / name, folder / name)
+    shutil.copy(tiny.root / "vocabulary.model", folder)
     passages = tiny_model.passages()
     rows = zip(passages.ids, passages.texts, passages.titles)
     (folder / "corpus.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
@@ -36,9 +37,7 @@ def files(tiny, tiny_model, tmp_path_factory):
          "gold_passage_ids": [f"e{n % 15}"]} for n in range(COUNT)
     ]  # fmt: skip
     (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    params = {"query_encoder": tiny.params["query_encoder"]}
-    vocabularies = (tiny.vocabulary, tiny.vocabulary)
-    tiny_model.write_model_dir(folder / "retriever", DualEncoder(tiny.system.retriever), params, vocabularies, None)
+    tiny_model.write_retriever(folder / "retriever", tiny)
     return folder
 
 
@@ -137,26 +136,33 @@ def on_a_disk(tmp_path, environment):
     return disk, run
 
 
-def check(ended, message, left):
-    """Each command gave one sentence, and the disk holds what it held, and what is resumed."""
-    for name, (code, told, found) in ended.items():
+def summary(ended, message) -> dict:
+    """{command: (exit code, whether its one error holds the message, what it left)}
+
+    Left out: what is resumed, and the temporary folder in which Orbax's threads still write after an export has failed.
+    The next export removes it.
+    """
+    found = {}
+    for name, (code, told, left) in ended.items():
         errors = [line for line in told.splitlines() if line.startswith("error: ")]
-        assert code == 2 and len(errors) == 1 and "Traceback" not in told, (name, code, told[-2000:])
-        assert message in errors[0], (name, errors)
-        assert [file for file in found if file != "run" and not file.endswith(".partial")] == left, (name, found)
+        right = len(errors) == 1 and message in errors[0] and "Traceback" not in told
+        kept = [file for file in left if file != "run" and not re.search(r"\.partial$|^\.export\.writing-", file)]
+        found[name] = (code, right or told[-2000:], kept)
+    return found
 
 
 def test_every_command_refuses_a_disk_that_can_only_be_read(files, on_a_disk):
     disk, run = on_a_disk
-    ended = run(f"mount -o remount,ro {disk}", commands(files, disk))
-    check(ended, "Read-only file system", [])
+    given = commands(files, disk)
+    ended = run(f"mount -o remount,ro {disk}", given)
+    assert summary(ended, "Read-only file system") == {name: (2, True, []) for name in given}
 
 
 def test_every_command_says_that_the_disk_is_full(files, on_a_disk):
     disk, run = on_a_disk
     given = commands(files, disk)
     ended = run(f"dd if=/dev/zero of={disk}/others bs=4k 2>/dev/null; true", given)
-    check(ended, "The disk is full", ["others"])
+    assert summary(ended, "The disk is full") == {name: (2, True, ["others"]) for name in given}
 
 
 MODULES = {"ClosedBook": "systems.closed_book", "TransformerConfig": "model.config"}

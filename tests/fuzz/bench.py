@@ -59,7 +59,6 @@ def make(folder: Path) -> None:
     from expertrag_jax.demo_folder import check_folder
     from expertrag_jax.files.sealed import sealed
     from expertrag_jax.retrieval.corpus import write_passages_tsv
-    from expertrag_jax.systems.retriever import DualEncoder
 
     made = tiny_model.make(folder)
     (folder / "index").rename(folder / "exact")
@@ -77,10 +76,7 @@ def make(folder: Path) -> None:
 
     gate = {"threshold": made.threshold, "scale": 1.0, "bias": 0.0, "checkpoint": "3"}
     (folder / "model" / "gate.json").write_text(sealed(gate))
-    parts = {"query_encoder": made.params["query_encoder"]}
-    vocabularies = (made.vocabulary, made.vocabulary)
-    dual = DualEncoder(made.system.retriever)
-    tiny_model.write_model_dir(folder / "retriever", dual, parts, vocabularies, None)
+    tiny_model.write_retriever(folder / "retriever", made)
 
     corpus = ["index", "--corpus=passages.tsv", "--vocabulary=vocabulary.model", "--passage_length=24"]
     run(*corpus, "--index_dir=bm25")
