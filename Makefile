@@ -25,7 +25,7 @@ golden: $(SETUP) ## rewrite the golden files that tests compare with
 soak: $(SETUP) ## kill a training run 30 times and compare its end with an uninterrupted one (3 minutes; ARGS="--experts --processes 2": up to 25)
 	JAX_PLATFORMS=cpu $(BIN)/python tests/soak/soak.py $(ARGS)
 
-fuzz: $(SETUP) ## damage what the commands read, 1,000 times, and look how they take it (1 hour; ARGS="--cases 100 --seed 3")
+fuzz: $(SETUP) ## damage what the commands read, 1,000 times, and check how they respond (40 minutes; ARGS="--cases 100 --seed 3")
 	JAX_PLATFORMS=cpu $(BIN)/python tests/fuzz/fuzz.py $(ARGS)
 
 bench: $(SETUP) ## step time, memory and scaling of models and MoE layers; tables here, rows in runs/bench/*.json (20 minutes)

@@ -71,13 +71,19 @@ def infer(
     """Writes one record per question, in their order; see ``service.Service`` for the records.
 
     Args:
-      questions: JSON lines, plain or gzipped. output: JSON lines; appears when it is complete. Until then results
-        stand beside it in a file ``.partial``, named by the model, the index and the questions.
+      questions: JSON lines, plain or gzipped.
+      output: JSON lines. The file appears when it is complete. Until then the results are in a file ``.partial`` beside
+        it, named after the model, the index and the questions.
+      model_dir: folder of the trained model; give this or ``export_dir``.
+      export_dir: folder of an export.
+      checkpoint_path: one of the model's checkpoints; None means the newest. Not for an export.
+      index_dir: an index of the same encoder and vocabularies; None means the model's own.
+      mode: ``predict`` or ``score``.
+      retrieve: ``gate``, ``always`` or ``never``.
+      num_passages: passages per question that retrieves; None means as trained. Not for an export.
+      buckets: batch sizes to compile for. Not for an export.
+      overwrite: whether an output that exists is replaced.
       output_dir: in place of ``output``: results of ``test.jsonl.gz`` go to ``output_dir/test-predict.jsonl``.
-      model_dir or export_dir: one of them.
-      checkpoint_path, num_passages, buckets: of a model only.
-      index_dir: of the same encoder and vocabularies; None means the model's own.
-      mode: ``predict`` or ``score``. retrieve: ``gate``, ``always`` or ``never``.
 
     Raises:
       UserError: bad input; ``output`` is left as it was.

@@ -185,7 +185,8 @@ def set_data_folders(options: argparse.Namespace) -> None:
 def log_to_stderr(debug: bool = False) -> None:
     """Our log from INFO on, that of libraries from WARNING on, on standard error.
 
-    Errors that Orbax logs with a traceback and raises too are left out, unless it is to debug.
+    Errors that Orbax logs with a traceback and raises too are left out, unless it is to debug. So is what TensorStore
+    prints about them, see ``_without_late_callbacks``.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))

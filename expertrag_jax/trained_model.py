@@ -37,11 +37,15 @@ class Model:
     """A trained system as its MODEL_DIR describes it.
 
     Attributes:
-      system: the dataclass (see ``systems``). params: its parameters. source: the checkpoint's directory.
-      reader_vocabulary, retriever_vocabulary: as trained. index_dir: of the training, or None; where that embedded its
-        passages again, the version that these parameters read. corpus_digest: of the passages in it then; None where
-        that was not noted.
+      system: the dataclass (see ``systems``).
+      params: its parameters.
+      source: the checkpoint's directory.
+      reader_vocabulary: as trained.
+      retriever_vocabulary: as trained.
       settings: as trained, with the gate's calibrated threshold.
+      index_dir: of the training, or None. If the training embedded its passages again, the version that these
+        parameters read.
+      corpus_digest: of the passages in that index during training; None if the checkpoint does not say.
     """
 
     system: Any
@@ -81,8 +85,8 @@ def open_model(
     """Reads a MODEL_DIR.
 
     Args:
-      model_dir: written by training. checkpoint_path: of one of its checkpoints; None: see
-        ``pretrained.read_whole``.
+      model_dir: written by training.
+      checkpoint_path: of one of its checkpoints; None: see ``pretrained.read_whole``.
       calibrated: with ``gate.json``, if there is one; else the gate is as it was trained, its threshold 0.5.
       changes: fields of ``AnswerSettings`` other than those of the training; None leaves a field as it was.
 
@@ -153,7 +157,7 @@ def _calibration(model_dir: Path, source: Path) -> dict[str, float]:
       UserError: the file is damaged, or of another checkpoint than ``source``.
     """
     path = model_dir / GATE_FILE
-    if not os.path.lexists(path):
+    if not os.path.lexists(path):  # a folder or a dangling link is no calibration, and is refused below
         return {}
     remedy = "run `expertrag calibrate --overwrite`"
     stored = unsealed(path, remedy)

@@ -1,11 +1,14 @@
 """The command line: flags, gin files, precedence, errors as one sentence, exit codes, several processes."""
 
+import asyncio
+import functools
 import os
 import pathlib
 import socket
 import subprocess
 import sys
 import textwrap
+import types
 
 import gin
 import pytest
@@ -322,6 +325,30 @@ def test_commands_are_listed_and_mistyped_ones_refused(capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: expertrag has no command 'trian'") and error.count("\n") == 1
     assert main.main(["--version"]) == 0
+
+
+def test_late_callbacks_of_a_failed_read_are_left_out_and_nothing_else(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    launch.log_to_stderr()
+    loop = asyncio.new_event_loop()
+    loop.close()
+
+    def told(function) -> str:
+        try:
+            function()
+        except Exception as error:
+            trace = error.__traceback__.tb_next  # from the callback on, as C++ calls it
+            fields = {"exc_type": type(error), "exc_value": error, "exc_traceback": trace}
+            sys.unraisablehook(types.SimpleNamespace(**fields, err_msg=None, object=None))
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda told: print(told.exc_value, file=sys.stderr))
+    assert told(functools.partial(loop.call_soon_threadsafe, print)) == ""
+    assert told(_fails) == "of another kind\n"
+
+
+def _fails():
+    raise RuntimeError("of another kind")
 
 
 def test_every_command_has_help_and_a_valid_flag_table():

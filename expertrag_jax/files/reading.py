@@ -16,7 +16,7 @@ def opened(path: str | os.PathLike) -> BinaryIO:
     """A file, a pipe or a terminal, open for reading.
 
     Raises:
-      UserError: it is missing, a folder, a device without an end, a pipe to which nobody writes, or cannot be read.
+      UserError: it is missing, a folder, a device, or a pipe that no program writes to, or it cannot be read.
     """
     try:
         if stat.S_ISFIFO(os.stat(path).st_mode):
@@ -44,12 +44,14 @@ def contents(path: str | os.PathLike) -> bytes:
 
 
 def _pipe(path: str | os.PathLike) -> int:
-    """The descriptor of a pipe; opening a named one waits until somebody writes to it."""
+    """The descriptor of a pipe; opening a named one waits until another program writes to it."""
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(os.open, path, os.O_RDONLY)
         try:
             return opening.result(WAIT)
-        except TimeoutError:
-            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # ends the wait
+        except (TimeoutError, KeyboardInterrupt) as error:
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # ends the thread's wait
             os.close(opening.result())
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise UserError(f"{path} is a pipe to which nobody writes: start its writer, or name a file") from None

@@ -21,8 +21,8 @@ class RetrievalCache:
 
     A result is found only under exactly the index and encoder that gave it, so one file may serve many. Threads of a
     data pipeline share an object, and several processes on one machine share a file: one of them writes at a time.
-    Each result carries a checksum; one that was changed is refused. Results that earlier releases
-    wrote have none and are not used.
+    Each result carries a checksum; one that was changed is refused. Results that earlier releases wrote have none and
+    are not used.
     """
 
     def __init__(self, path: str | Path):

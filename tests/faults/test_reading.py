@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import signal
 import threading
 
 import pytest
@@ -52,6 +53,15 @@ def test_a_pipe_that_somebody_writes_is_read(places, monkeypatch):
     writer.start()
     assert read_passages_tsv(places / "pipe").texts == ["one", "two"]
     writer.join()
+
+
+def test_waiting_for_a_pipe_can_be_interrupted(places, monkeypatch):
+    monkeypatch.setattr(reading, "WAIT", 600)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        reading.contents(places / "pipe")
+    timer.join()
 
 
 def test_a_pipe_without_a_name_is_read(places):

@@ -17,8 +17,8 @@ LIBRARIES = [
     "expertrag_jax.infer", "expertrag_jax.answer", "expertrag_jax.calibrate", "expertrag_jax.export",
     "expertrag_jax.demo", "seqio", "scann",
 ]  # fmt: skip
-"""What loads slowly and starts no thread; bm25s starts JAX's, which do not survive a fork."""
-MEMORY = 8 << 30  # bytes of data, with which no small command is content if a damaged file asks for more
+"""Libraries that load slowly and start no threads. bm25s is not one of them: it starts JAX's, which a fork breaks."""
+MEMORY = 8 << 30  # bytes; a damaged file that makes a command ask for more shows as a fault
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -49,7 +49,7 @@ class Ended:
 
 
 def run_command(arguments: list[str], folder: Path, seconds: float) -> Ended:
-    """Runs ``expertrag ARGUMENTS`` in a folder; nobody answers on its standard input."""
+    """Runs ``expertrag ARGUMENTS`` in a folder, with an empty standard input."""
     log = folder.with_name(f"{folder.name}.log")
     before = digests(folder)
     began = time.monotonic()

@@ -1,16 +1,16 @@
-"""Damages what the commands read, one thing at a time, and watches how they take it.
+"""Damages what the commands read, one thing at a time, and checks how they respond.
 
-    python tests/fuzz/fuzz.py [--cases 700] [--seed N] [--jobs 2] [--bench DIR] [--only TEXT] [--case N] [--json FILE]
+    python tests/fuzz/fuzz.py [--cases 1000] [--seed N] [--jobs 2] [--bench DIR] [--only TEXT] [--case N] [--json FILE]
 
-A case copies right files into a new folder, damages one of them (or one argument, or one gin value), and runs one
+A case copies valid files into a new folder, damages one of them (or one argument, or one gin value), and runs one
 command there in a process of its own. Every outcome is one of
 
     refused    exit code 2 and one sentence
     unchanged  exit code 0 and the results of the undamaged files
     warned     exit code 0, other results, and a warning
-    accepted   exit code 0, other results, no warning, where ``kinds.py`` says that such a file may be meant so
-    FAULT      a traceback, a hang, a death by a signal, a sentence that names nothing, a file of the user's changed by
-               a command that refused, or a damaged file accepted in silence
+    accepted   exit code 0, other results, no warning, if ``kinds.py`` says that such a file may be intended
+    FAULT      a traceback, a hang, death by a signal, a sentence that does not name the file, a file changed by a
+               command that refused, or a damaged file accepted without a warning
 
 The seed comes from the clock and is printed, with the number of each fault's case: ``--seed`` and ``--case`` repeat it.
 Exit code 1 if there was a fault.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mutations
@@ -64,8 +64,8 @@ class Kind:
       files: patterns of paths in the bench.
       commands: names in ``COMMANDS`` that read it.
       mutations: of its bytes.
-      free: whether other content may be right too, so that a run that succeeds is no fault: the file is text that its
-        owner may have meant, or code.
+      free: whether other content may be valid too, so that success is not a fault: the file is text that its owner
+        may have intended, a log, or code.
     """
 
     name: str
@@ -119,10 +119,10 @@ KINDS: list[Kind] = [
 WORDS = [
     "", " ", "-1", "0", "1.5", "nan", "inf", "1e999", "9" * 5000, "None", "True", "[", "[]", "{}", "{'a': 1}", "'",
     '"x', "x", "word", "@train", "%NOTHING", "nowhere", "./", "gs://bucket/x", "file:///nowhere/x", "~nobody1/x",
-    "a" * 300,
-    "a/" * 3000, "/dev/null", "/dev/zero", "/proc/self/mem", "loop", "pipe", "passages.tsv", "questions.jsonl", "bm25",
-    "model", "export", "\x1b[31m", "\udcff", "苍鹭", "\u202e", "a\nb", "-", "--", "=", "$(x)", "`x`", "squad2",
-    "regex", "gate",
+    "a" * 300, "a/" * 3000, "/dev/null", "/dev/zero", "/proc/self/mem", "loop", "pipe", "passages.tsv",
+    "questions.jsonl", "bm25", "model", "export", "\x1b[31m", "\udcff", "苍鹭",
+    "\u202e", "a\nb", "-", "--", "=", "$(x)",
+    "`x`", "squad2", "regex", "gate",
 ]  # fmt: skip
 """What a person or a script may write where another value belongs."""
 
@@ -132,5 +132,3 @@ MACROS = [
     "INITIAL_CHECKPOINT_PATH", "FUSION", "BATCH_SIZ", "config.TransformerConfig.num_heads", "train.train.log_period",
     "train.train.parameter_rules", "LEARNING_RATE", "Z_LOSS", "CORPUS", "RETRIEVAL_COST", "USE_CACHED_TASKS",
 ]  # fmt: skip
-
-Argument = Callable[[list[str]], list[str]]

@@ -29,7 +29,7 @@ VALUES: list[Any] = [
     Raw("NaN"), Raw("Infinity"), Raw("-Infinity"), Raw("9" * 5000), Raw("1e999"), Raw('"\\ud800"'),
     Raw('["\\udc00"]'), Raw(_DEEP), Raw("01"), Raw("'x'"), Raw('"a\tb"'),
 ]  # fmt: skip
-"""What stands in the place of a right value of JSON."""
+"""Values that replace a valid one of JSON."""
 
 
 # bytes
