@@ -9,8 +9,9 @@ that reading a checkpoint needs no optimizer library.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from expertrag_jax.training.agreement import any_problem
 from expertrag_jax.training.integrity import (
     Damaged,
     check_arrays,
+    check_plain,
     check_shapes,
     describe,
     load_alone,
@@ -58,6 +60,9 @@ class Checkpoints:
           keep: which ones stay; a number: the newest so many, 0: all.
           asynchronous: the state is copied to host memory at once, and written while training goes on. What goes
             wrong then is raised by the next ``save`` or ``wait``, or at the end.
+
+        Raises:
+          UserError: a checkpoint that is there would stop Orbax from listing the others.
         """
         self._keep = keep if isinstance(keep, Retention) else Retention(keep)
         self._asynchronous = asynchronous
@@ -66,9 +71,10 @@ class Checkpoints:
         self._held = Held()
         self._saving: Any = None  # what the last asynchronous save answered: it keeps a thread and three files open
         self._told = False  # whether an error of that save was raised
-        self._checkpointer = ocp.training.Checkpointer(
-            directory, preservation_policy=self._keep.policy(self._held), cleanup_tmp_directories=True
-        )
+        with _readable(directory):
+            self._checkpointer = ocp.training.Checkpointer(
+                directory, preservation_policy=self._keep.policy(self._held), cleanup_tmp_directories=True
+            )
         for step in cut_off:
             going_on = "starting from the beginning" if self.latest is None else f"going on from step {self.latest}"
             _LOG.warning("the checkpoint at step %d was cut off while it was written: removed, %s", step, going_on)
@@ -205,6 +211,23 @@ class Checkpoints:
             return f"goes on from step {max(steps)}" if steps else "starts from the beginning"
 
         return disk.explained(f"a checkpoint could not be written to {directory}; earlier ones are whole", again)
+
+
+@contextlib.contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """Turns what would hang or break Orbax while it lists the checkpoints into a UserError."""
+    remedy = "move it away, or name another MODEL_DIR; nothing was changed"
+    for step in directory.glob("[0-9]*"):
+        try:
+            check_plain(step)
+        except Damaged as error:
+            raise UserError(f"The checkpoint {step} is damaged ({error}): {remedy}.") from None
+    try:
+        yield
+    except RecursionError:
+        raise UserError(
+            f"A checkpoint in {directory} is damaged (its metadata is nested too deeply): {remedy}."
+        ) from None
 
 
 def _half_written(directory: Path) -> list[int]:

@@ -23,6 +23,13 @@ class Damaged(Exception):
     """A checkpoint that is not what was written; says what is wrong, in every process."""
 
 
+def check_plain(directory: Path) -> None:
+    """Damaged if a checkpoint holds a pipe or a device, for reading it may never end."""
+    for path in directory.rglob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise Damaged(f"{path.relative_to(directory)} is neither a file nor a folder")
+
+
 def check_same(stored: Any, wanted: Any, where: str) -> None:
     """Compares names and shapes of two trees; UserError: see ``check_shapes``."""
     check_shapes(shapes(stored), shapes(wanted), where)

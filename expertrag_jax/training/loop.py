@@ -170,6 +170,12 @@ def resume(
       Damaged: it is not what was saved.
     """
     stored = checkpoints.metadata(step)
+    missing = [name for name in ("seed", "digests", "phase") if name not in stored]
+    if missing:
+        raise UserError(
+            f"The checkpoint at step {step} does not say its {' and '.join(missing)}, so no training can resume from "
+            "it: name another MODEL_DIR, or start from it with INITIAL_CHECKPOINT_PATH."
+        )
     if stored["seed"] != facts["seed"]:
         raise UserError(
             f"The checkpoint at step {step} is of a run with seed {stored['seed']}, and this one has "

@@ -14,7 +14,16 @@ from orbax.checkpoint import v1 as ocp
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.training import parameters
-from expertrag_jax.training.integrity import Damaged, check_arrays, check_same, load_alone, shapes, together, unsealed
+from expertrag_jax.training.integrity import (
+    Damaged,
+    check_arrays,
+    check_plain,
+    check_same,
+    load_alone,
+    shapes,
+    together,
+    unsealed,
+)
 from expertrag_jax.training.model_dir import CHECKPOINTS
 
 _LOG = logging.getLogger(__name__)
@@ -165,6 +174,7 @@ def _fill_subtree(params: Any, subtree: str, stored: Stored) -> Any:
 
 def _described(directory: Path) -> tuple[Any, dict[str, Any], bool]:
     """(tree of parameters' shapes, metadata, whether they stand under ``params`` in a training checkpoint)."""
+    check_plain(directory)
     found = ocp.metadata(directory)
     tree, metadata = found.metadata, dict(found.custom_metadata or {})
     if tree is None:  # Orbax has logged why

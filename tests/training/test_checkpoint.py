@@ -1,6 +1,7 @@
 """Checkpoints: what goes in comes out, whole, on any layout, or a clear message."""
 
 import logging
+import os
 import shutil
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from expertrag_jax import partitioning
 from expertrag_jax.errors import UserError
-from expertrag_jax.training import checkpoint, phases, step
+from expertrag_jax.training import checkpoint, loop, phases, pretrained, step
 from expertrag_jax.training.checkpoint import Checkpoints, Damaged
 from expertrag_jax.training.retention import Retention
 from expertrag_jax.training.state import Layout
@@ -195,6 +196,38 @@ def test_where_all_are_damaged_nothing_is_changed(two, tmp_path):
         with pytest.raises(UserError, match=r"No checkpoint in .* can be read \(9: .*; 5: .*start anew"):
             checkpoints.newest_whole(lambda step: read(checkpoints, step))
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("state/_sharding", pipe, "9 is damaged .*_sharding is neither a file nor a folder"),
+        ("_CHECKPOINT_METADATA", pipe, "9 is damaged .*_CHECKPOINT_METADATA is neither a file nor a folder"),
+        ("_CHECKPOINT_METADATA", lambda path: path.write_text("[" * 100_000), "its metadata is nested too deeply"),
+    ],
+)
+def test_what_would_hang_or_break_the_listing_is_one_sentence(two, tmp_path, name, damage, message):
+    folder, _, _ = two
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "9" / name)
+    with pytest.raises(UserError, match=f"{message}.*: move it away"):
+        Checkpoints(tmp_path)
+    with pytest.raises(UserError, match="is damaged"):
+        pretrained.read_metadata(tmp_path / "9")
+
+
+def test_a_checkpoint_that_is_not_of_a_training_is_not_resumed(two, tmp_path, toy, mesh):
+    folder, _, _ = two
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    layout, phase, _ = entered(toy, mesh)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match="step 9 does not say its digests, so no training can resume from it"):
+            loop.resume(checkpoints, 9, [phase], layout, {"seed": 3, "digests": {}})
 
 
 def test_retention_keeps_the_newest_every_n_and_the_best_of_each_phase(toy, mesh, tmp_path, caplog):
