@@ -21,8 +21,8 @@ _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 def markdown_sections(text: str, title: str = "") -> list[tuple[str, str]]:
     """(title, text) of each section: a heading is the title of what follows it.
 
-    What precedes the first heading gets `title`. A heading inside a code fence is code.
-    Sections without text are left out.
+    What precedes the first heading gets `title`, and is left out where it is blank. A heading inside a code fence is
+    code. A heading that another one follows has a blank text.
     """
     sections: list[tuple[str, list[str]]] = [(title, [])]
     fence = ""
@@ -37,11 +37,13 @@ def markdown_sections(text: str, title: str = "") -> list[tuple[str, str]]:
             sections.append(((heading.group(2) or "").strip() or title, []))
         else:
             sections[-1][1].append(line)
-    return [(name, "\n".join(lines)) for name, lines in sections if "".join(lines).strip()]
+    if not "".join(sections[0][1]).strip():
+        del sections[0]
+    return [(name, "\n".join(lines)) for name, lines in sections]
 
 
-def _records(path: Path, name: str) -> Iterator[tuple[str, str, str]]:
-    """(id, title, text) of each document or section of a file."""
+def _records(path: Path, name: str, left_out: Counter[str]) -> Iterator[tuple[str, str, str]]:
+    """(id, title, text) of each document or section of a file; counts the Markdown headings without text."""
     suffix = path.with_suffix("").suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
     if suffix in _JSON:
         for line, record in json_lines(path):
@@ -56,7 +58,11 @@ def _records(path: Path, name: str) -> Iterator[tuple[str, str, str]]:
         text = file.read()
     stem = Path(name).name.split(".")[0]
     if suffix in _MARKDOWN:
-        for number, (title, section) in enumerate(markdown_sections(text, stem)):
+        sections = markdown_sections(text, stem)
+        written = [(title, section) for title, section in sections if section.strip()]
+        left_out["headings without text"] += len(sections) - len(written)
+        left_out["documents without text"] += not sections
+        for number, (title, section) in enumerate(written):
             yield f"{name}:{number}", title, section
     else:
         yield name, stem, text
@@ -102,7 +108,7 @@ def read_documents(path: str | Path, max_words: int = 100) -> Passages:
     Titles are a Markdown section's heading, a JSON record's `title`, or the file's name without its suffix.
     Ids are the document's (a JSON record's `id`, else the file's name, with the section or line), `#`, and
     the number of the passage in it. What is left out is counted in one warning: files of other kinds, linked folders,
-    documents without text.
+    documents and headings without text.
 
     Args:
       path: a folder (searched with all its sub-folders), or one .txt, .md or .jsonl file, plain or gzipped. A
@@ -117,7 +123,7 @@ def read_documents(path: str | Path, max_words: int = 100) -> Passages:
     ids: dict[str, Path] = {}
     titles, texts, files = [], [], _files(path, left_out)
     for file, name in files:
-        for document, title, text in _records(file, name):
+        for document, title, text in _records(file, name, left_out):
             parts = split_text(text, max_words)
             left_out["documents without text"] += not parts
             for number, passage in enumerate(parts):
@@ -134,5 +140,5 @@ def read_documents(path: str | Path, max_words: int = 100) -> Passages:
         raise UserError(f"{path}: the corpus is empty: no document holds any text")
     counts = ", ".join(f"{count} {kind}" for kind, count in left_out.items() if count)
     if counts:
-        _LOG.warning("%s: %d documents were read; left out: %s.", path, len(files), counts)
+        _LOG.warning("%s: %d files were read; left out: %s.", path, len(files), counts)
     return Passages(list(ids), titles, texts)

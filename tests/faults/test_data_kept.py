@@ -94,15 +94,17 @@ def test_passages_are_bounded_in_every_script(sentence):
 def test_what_a_folder_of_documents_leaves_out_is_counted(tmp_path, caplog):
     folder, other = tmp_path / "docs", tmp_path / "other"
     folder.mkdir(), other.mkdir()
-    for place, content in (("a.txt", "Text."), ("b.txt", " \n"), ("c.pdf", "x"), ("d.doc", "x")):
+    for place, content in (("a.txt", "Text."), ("b.txt", " \n"), ("c.pdf", "x"), ("d.doc", "x"),
+                           ("e.md", "# Above\n## Within\nSection."), ("f.md", "\n")):  # fmt: skip
         write(folder, content, place)
     write(other, "Elsewhere.", "e.txt")
     (folder / "linked").symlink_to(other)
     with caplog.at_level(logging.WARNING):
-        assert read_documents(folder).texts == ["Text."]
+        assert read_documents(folder).texts == ["Text.", "Section."]
     (line,) = caplog.messages
-    assert "2 documents were read" in line
-    assert all(part in line for part in ("2 files of other kinds", "1 linked folders", "1 documents without text"))
+    for part in ("4 files were read", "2 files of other kinds", "1 linked folders", "2 documents without text",
+                 "1 headings without text"):  # fmt: skip
+        assert part in line
 
 
 @pytest.mark.parametrize(
