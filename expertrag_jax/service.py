@@ -155,7 +155,7 @@ def service_from_model(model: Model, retrieve: str = "gate", index_dir: str | No
     return Service(answerer, model.settings, *vocabularies, model.source)
 
 
-def choose_index(retrieve: str, index_dir: str | None, reads: bool) -> str | None:
+def choose_index(retrieve: str, index_dir: str | Path | None, reads: bool) -> str | Path | None:
     """The index to open; None where nothing ever retrieves.
 
     Args:

@@ -10,6 +10,7 @@ from pathlib import Path
 from expertrag_jax import assembly
 from expertrag_jax.assembly import READER_VOCABULARY, RETRIEVER_VOCABULARY
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import local
 from expertrag_jax.interop import export_directory, stablehlo
 from expertrag_jax.interop.export_directory import MANIFEST_NAME, PARAMETERS, PROGRAMS, ExportManifest
 from expertrag_jax.retrieval.manifest import read_manifest as read_index_manifest
@@ -97,15 +98,15 @@ def service_from_export(
         Vocabulary.from_file(programs.directory / path) for path in (READER_VOCABULARY, RETRIEVER_VOCABULARY)
     )
     reads = any(name.startswith("read_b") for name in manifest.programs)
-    own = manifest.index and os.path.normpath(programs.directory / manifest.index["path"])
-    index_dir = choose_index(retrieve, index_dir or own, reads)
+    own = None if manifest.index is None else local(programs.directory / manifest.index["path"])
+    searched = choose_index(retrieve, index_dir or own, reads)
     found = None
-    if index_dir is not None:
-        if index_dir == own:
-            _check_unchanged(own, manifest.index["digest"])
+    if searched is not None:
+        if index_dir is None:
+            _check_unchanged(searched, manifest.index["digest"])
         encoder = manifest.query_encoder or {}
         found = assembly.make_retriever(
-            index_dir,
+            searched,
             programs,
             reader_vocabulary=reader.digest,
             retriever_vocabulary=retriever.digest,
@@ -118,7 +119,7 @@ def service_from_export(
     return Service(answerer, settings, reader, retriever, programs.directory / MANIFEST_NAME)
 
 
-def _check_unchanged(index_dir: str, digest: str) -> None:
+def _check_unchanged(index_dir: Path, digest: str) -> None:
     if read_index_manifest(index_dir).digest != digest:
         raise UserError(
             f"the index at {index_dir} has changed since the export was written: restore it, or name the one "

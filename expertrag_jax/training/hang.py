@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from expertrag_jax.files.writing import whole
 from expertrag_jax.training.telemetry import Telemetry
 
 EXIT_CODE = 75  # sysexits.h: a temporary failure, try again
@@ -72,12 +73,10 @@ class Watchdog:
         _LOG.error("%s", line)
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         try:
-            partial = path.with_suffix(".partial")  # who finds the file finds it whole
-            with partial.open("w") as file:
+            with whole(path) as file:
                 file.write(line + "\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            partial.replace(path)
         except OSError as error:
             _LOG.error("%s cannot be written: %s", path, error.strerror)
         if self._abort:
