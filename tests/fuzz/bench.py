@@ -5,6 +5,7 @@ Made once from the tiny model of the tests, by the same functions and commands t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -53,7 +54,20 @@ DEMO = ["demo", "--gin_file=runs/almanac.gin", "--gin.RANDOM_SEED=1", "--model_d
 
 
 def make(folder: Path) -> None:
-    """Writes everything that the commands of ``kinds.py`` read; raises RuntimeError if a command fails."""
+    """Writes everything that the commands of ``kinds.py`` read; raises RuntimeError if a command fails.
+
+    The folder appears when it is complete.
+    """
+    built = folder.absolute().with_name(f"{folder.name}.building")
+    shutil.rmtree(built, ignore_errors=True)
+    built.mkdir(parents=True)
+    with contextlib.chdir(built):
+        _fill(built)
+    built.rename(folder)
+
+
+def _fill(folder: Path) -> None:
+    """Writes into the current folder."""
     import tiny_model
 
     from expertrag_jax.demo_folder import check_folder
