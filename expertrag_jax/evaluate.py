@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from expertrag_jax.evaluation.report import EditionResult, build_report, write_r
 from expertrag_jax.evaluation.table import print_report
 from expertrag_jax.files.lock import one_writer
 from expertrag_jax.files.paths import LocalPath
+from expertrag_jax.files.writing import check_output
 from expertrag_jax.infer import write_records
 from expertrag_jax.ranges import Count, Seed, checked
 from expertrag_jax.retrieval.corpus import Question, read_questions_jsonl, texts_of
@@ -45,6 +46,8 @@ FLAGS = {
 MACROS = ("MODEL_DIR", "EVAL_OUTPUT_DIR", "CHECKPOINT_PATH", "INDEX_DIR", "NUM_PASSAGES", "RANDOM_SEED")
 EXAMPLE = "expertrag evaluate --model_dir=runs/qa --questions=test.jsonl"
 CUTS = (1, 5, 20, 100)
+PREDICTIONS = "predictions.jsonl"
+WRITTEN = ("report.json", "report.html", PREDICTIONS)
 EDITION = "test"  # the report's one set of questions
 
 _LOG = logging.getLogger(__name__)
@@ -86,7 +89,7 @@ def evaluate(
     start = time.monotonic()
     check_rule(rule)
     directory = report_dir(output_dir, model_dir)
-    check_output_dir(directory, overwrite)
+    check_output_dir(directory, overwrite, inputs=[questions, index_dir])
     asked = read_questions(questions, task, split, rule)
     model = open_model(model_dir, checkpoint_path, num_passages=num_passages, buckets=buckets)
     service = service_from_model(model, "gate", index_dir)
@@ -120,7 +123,7 @@ def evaluate(
     report["retrieval"] = retrieval
     report["unwritable"] = count_unwritable(model.reader_vocabulary, asked, rule)
     write_report(report, directory)
-    write_records(directory / "predictions.jsonl", predictions(service, asked, arms, results))
+    write_records(directory / PREDICTIONS, predictions(service, asked, arms, results))
     show(report, directory)
     return report
 
@@ -130,12 +133,14 @@ def report_dir(output_dir: str | None, model_dir: str) -> Path:
     return Path(output_dir or Path(model_dir) / "evaluation")
 
 
-def check_output_dir(directory: Path, overwrite: bool) -> None:
-    """UserError where a report is there and is not to be replaced."""
+def check_output_dir(directory: Path, overwrite: bool, inputs: Iterable[str | None]) -> None:
+    """UserError where files of a report are there and are not to be replaced, or one of them is an input."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file: name a folder for the report.")
-    if (directory / "report.json").exists() and not overwrite:
-        raise UserError(f"{directory} holds a report: nothing was overwritten; use --output_dir or --overwrite.")
+    for name in WRITTEN:
+        if (directory / name).exists() and not overwrite:
+            raise UserError(f"{directory} holds a {name}: nothing was overwritten; use --output_dir or --overwrite.")
+        check_output(directory / name, overwrite, inputs)
 
 
 def read_questions(path: str | None, task: Any, split: str, rule: str) -> list[Question]:

@@ -66,7 +66,7 @@ def export(
     known = (*stablehlo.PLATFORMS, "rocm")
     if not platforms or not set(platforms) <= set(known):
         raise UserError(f"platforms are {', '.join(platforms) or 'none'}: choose among {', '.join(known)}.")
-    export_directory.check_writable(export_dir, overwrite)
+    export_directory.check_writable(export_dir, overwrite, inputs=[model_dir, index_dir])
     model = open_model(model_dir, checkpoint_path, num_passages=num_passages, buckets=buckets)
     if getattr(model.system, "weighs_passages", False):
         raise UserError(

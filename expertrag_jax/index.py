@@ -95,7 +95,8 @@ def build_index(
         loaded = verify_index(index_dir)
         print(f"{index_dir} is whole: a {loaded.manifest.kind} index of {len(loaded)} passages", flush=True)
         return loaded.manifest
-    check_writable(index_dir, overwrite)
+    inputs = [corpus, documents, vocabulary, retriever, tune_questions]
+    check_writable(index_dir, overwrite, inputs)
     kind = choose_kind(kind, retriever)
     index = make_index(kind, **(settings or {}))
     encoder = None if retriever is None or kind == "bm25" else load_encoder(retriever)

@@ -91,7 +91,7 @@ def infer(
     if mode not in MODES:
         raise UserError(f"--mode={mode} is unknown: choose one of {', '.join(MODES)}.")
     output = output or default_output(questions, output_dir, mode)
-    check_output(output, overwrite, inputs=[questions])
+    check_output(output, overwrite, inputs=[questions, index_dir, export_dir])
     content = contents(questions)
     asked = read_questions_jsonl(questions, require_answers=mode == "score", held=memoryview(content))
     service = open_service(
@@ -142,7 +142,7 @@ def job_key(service: Service, questions: bytes, *settings: Any) -> str:
     """Sixteen hex digits: equal for a job that is repeated, and no others; names and paths do not count.
 
     Args:
-      service: its parameters, sizes, threshold, vocabularies and index count by their content.
+      service: its system, parameters, sizes, threshold, vocabularies and index count by their content.
       questions: the content of their file.
       settings: what else decides the answers.
     """
@@ -150,6 +150,7 @@ def job_key(service: Service, questions: bytes, *settings: Any) -> str:
     parts = [
         hashlib.sha256(questions).hexdigest(),
         dataclasses.asdict(service.settings),
+        service.computation,
         fingerprints(service.answerer.programs.params),
         service.reader_vocabulary.digest,
         service.retriever_vocabulary.digest,

@@ -14,6 +14,7 @@ from expertrag_jax.answering import Answerer, Answers, Questions
 from expertrag_jax.assembly import AnswerSettings
 from expertrag_jax.errors import UserError
 from expertrag_jax.retrieval.corpus import Question
+from expertrag_jax.systems.description import describe
 from expertrag_jax.trained_model import Model
 from expertrag_jax.vocabulary import Vocabulary
 
@@ -29,6 +30,7 @@ class Service:
       answerer: with its policy and retriever. settings: its sizes.
       reader_vocabulary, retriever_vocabulary: as trained.
       source: the checkpoint's directory, or the manifest of the export.
+      computation: what is done with the parameters, JSON: the system's description, and of an export its programs.
     """
 
     answerer: Answerer
@@ -36,6 +38,7 @@ class Service:
     reader_vocabulary: Vocabulary
     retriever_vocabulary: Vocabulary
     source: Path
+    computation: Any
 
     def tokenise(self, questions: Sequence[Question | str]) -> Questions:
         """See ``assembly.tokenise_questions``."""
@@ -152,7 +155,7 @@ def service_from_model(model: Model, retrieve: str = "gate", index_dir: str | No
     answerer = assembly.answerer_from_model(
         model.system, model.params, index_dir, *vocabularies, policy, model.settings, model.index_dir
     )
-    return Service(answerer, model.settings, *vocabularies, model.source)
+    return Service(answerer, model.settings, *vocabularies, model.source, describe(model.system))
 
 
 def choose_index(retrieve: str, index_dir: str | Path | None, reads: bool) -> str | Path | None:

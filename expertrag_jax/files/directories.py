@@ -8,18 +8,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.lock import locked
 from expertrag_jax.files.writable import check_folder
-from expertrag_jax.files.writing import remove_dead, sync, umask
+from expertrag_jax.files.writing import check_spares, remove_dead, sync, umask
 
 MANIFEST_NAME = "manifest.json"
 
 
-def check_replaceable(directory: Path, kind: str, format_name: str, overwrite: bool) -> None:
+def check_replaceable(
+    directory: Path, kind: str, format_name: str, overwrite: bool, inputs: Iterable[str | os.PathLike | None] = ()
+) -> None:
     """Whether a directory of this kind may be written here; call it before the work.
 
     Args:
@@ -27,10 +29,12 @@ def check_replaceable(directory: Path, kind: str, format_name: str, overwrite: b
       kind: for messages: "index".
       format_name: what the ``manifest.json`` of this kind says under "format".
       overwrite: whether one that is there may be replaced.
+      inputs: see ``writing.check_spares``.
 
     Raises:
       UserError: something else is there, or one of this kind and not ``overwrite``, or it cannot be written.
     """
+    check_spares(directory, inputs)
     check_folder(directory.parent)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return

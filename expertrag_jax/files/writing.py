@@ -26,7 +26,7 @@ def check_output(path: str | os.PathLike, overwrite: bool, inputs: Iterable[str 
     Args:
       path: of the output.
       overwrite: whether a file that is there may be replaced.
-      inputs: files that are read, and stay as they are.
+      inputs: see ``check_spares``.
 
     Raises:
       UserError: a folder, a device, an input, a file that is there, or a folder that cannot be written.
@@ -36,12 +36,33 @@ def check_output(path: str | os.PathLike, overwrite: bool, inputs: Iterable[str 
         raise UserError(f"{path} is a folder: name a file to write.")
     if place.exists() and not place.is_file():
         raise UserError(f"{path} is a device or a pipe, which no output replaces: name a file to write.")
-    for source in inputs:
-        if source is not None and place.exists() and os.path.exists(source) and os.path.samefile(place, source):
-            raise UserError(f"{path} is read by this command and cannot be its output too: name another file.")
+    check_spares(path, inputs)
     if place.exists() and not overwrite:
         raise UserError(f"{path} exists: nothing was overwritten; name another file or add --overwrite.")
     check_folder(place.parent)
+
+
+def check_spares(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | None]) -> None:
+    """Whether an output leaves a command's inputs as they are.
+
+    Args:
+      path: of a file, or of a folder that is replaced.
+      inputs: files and folders; None for those that were not given.
+
+    Raises:
+      UserError: it is an input, holds one, or lies in an index or an export that is one.
+    """
+    place = target(path)
+    for source in inputs:
+        if source is None:
+            continue
+        read = target(source)
+        if place == read or (place.exists() and read.exists() and os.path.samefile(place, read)):
+            raise UserError(f"{path} is read by this command and cannot be its output too: name another place.")
+        if read.is_relative_to(place):
+            raise UserError(f"{source} is read by this command and lies in its output {path}: name another place.")
+        if place.is_relative_to(read) and (read / "manifest.json").exists():
+            raise UserError(f"{path} lies in {source}, which this command reads: name another place.")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,16 @@ def library_versions() -> dict[str, str]:
     return {"expertrag_jax": expertrag_jax.__version__, **found}
 
 
-def check_writable(directory: str | Path, overwrite: bool = False) -> None:
+def check_writable(
+    directory: str | Path, overwrite: bool = False, inputs: Iterable[str | os.PathLike | None] = ()
+) -> None:
     """Refuses a place where `written` would refuse to write.
 
     Raises:
-      UserError: an export is there and ``overwrite`` is False, or something else is there.
+      UserError: an export is there and ``overwrite`` is False, or something else is there, or one of the ``inputs`` of
+        the command would be replaced.
     """
-    directories.check_replaceable(target(directory), "export", FORMAT, overwrite)
+    directories.check_replaceable(target(directory), "export", FORMAT, overwrite, inputs)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def write_export(
     Raises:
       UserError: the place is taken, or the index belongs to another model.
     """
-    export_directory.check_writable(directory, overwrite)
+    export_directory.check_writable(directory, overwrite, inputs=[index_dir])
     dimension = stablehlo.query_dimension(model.system)
     digest = assembly.encoder_digest(model.params)
     index = None if index_dir is None else _refer(directory, index_dir, model, dimension, digest)
@@ -116,7 +116,9 @@ def service_from_export(
         )
     policy = assembly.make_policy(retrieve if reads else "never", settings.threshold)
     answerer = assembly.make_answerer(programs, found, policy, settings)
-    return Service(answerer, settings, reader, retriever, programs.directory / MANIFEST_NAME)
+    lowered = {name: entry for name, entry in manifest.files.items() if name.startswith(PROGRAMS)}
+    computation = [manifest.system, lowered]
+    return Service(answerer, settings, reader, retriever, programs.directory / MANIFEST_NAME, computation)
 
 
 def _check_unchanged(index_dir: Path, digest: str) -> None:

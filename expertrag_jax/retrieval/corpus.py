@@ -132,11 +132,11 @@ def _tsv_records(path: Path, lines: TextIO, written_here: bool) -> Iterator[tupl
         if row is None:
             return
         header = _header(row) if line == 1 else None
+        if row and not written_here:
+            _check_quotes(path, line, raw, len(row) if header else width)
         if header:
             places, width = header, len(row)
         elif row:
-            if not written_here:
-                _check_quotes(path, line, raw, width)
             if len(row) != width:
                 raise UserError(
                     f"{path}:{line}: {len(row)} columns where {width} are expected (id, text, title, separated by "
@@ -157,7 +157,7 @@ def _check_quotes(path: Path, line: int, raw: list[str], width: int) -> None:
         return
     try:
         list(csv.reader(raw, delimiter="\t", strict=True))
-        rows = all(len(text.split("\t")) == width for text in raw)
+        rows = _holds_rows([text.split("\t") for text in raw], width)
     except csv.Error:
         rows = True
     if rows:
@@ -165,6 +165,16 @@ def _check_quotes(path: Path, line: int, raw: list[str], width: int) -> None:
             f"{opened} is closed on line {line + len(raw) - 1}, and what is between looks like other rows: close it on "
             "its line, or write two for one that is text"
         )
+
+
+def _holds_rows(lines: list[list[str]], width: int) -> bool:
+    """Whether the lines of one record, cut at every tab, look like rows of their own.
+
+    The first one has all columns, and so has another; or the last column opened the quote, and a tab follows.
+    """
+    first, *others = lines
+    most = max(map(len, others))
+    return len(first) >= width and (most >= width or (len(first) == width and first[-1].startswith('"') and most > 1))
 
 
 def read_passages_tsv(path: str | Path, held: memoryview | None = None, written_here: bool = False) -> Passages:

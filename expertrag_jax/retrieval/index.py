@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -105,13 +106,16 @@ class LoadedIndex:
         return self.manifest.count
 
 
-def check_writable(directory: str | Path, overwrite: bool = False) -> None:
+def check_writable(
+    directory: str | Path, overwrite: bool = False, inputs: Iterable[str | os.PathLike | None] = ()
+) -> None:
     """Refuse a place where `write_index` would refuse to write; call it before the hours of embedding.
 
     Raises:
-      UserError: an index is there and `overwrite` is False, or something else is there.
+      UserError: an index is there and `overwrite` is False, or something else is there, or one of the `inputs` of the
+        command would be replaced.
     """
-    directories.check_replaceable(target(directory), "index", FORMAT, overwrite)
+    directories.check_replaceable(target(directory), "index", FORMAT, overwrite, inputs)
 
 
 def _check_parts(passages: Passages, tokens: np.ndarray | None, vectors: np.ndarray | None) -> None:

@@ -32,6 +32,11 @@ def write(folder, content, name):
         ('0\tx\ty\n1\ttext\t"Title\n', ":2: .*never closed"),
         ('0\tx\ty\n1\t"text\ttitle\n', ":2: .*never closed"),
         ('1\t"A ""quoted"" b.\tB\n2\tC" d.\tD\n', ":1: .*closed on line 2"),
+        ('1\t"A\tB\n\n2\tC"\tD\n3\te\tf\n', ":1: .*closed on line 3"),
+        ('1\t"A\tB\n2\tC\n3\tD"\tE\n', ":1: .*closed on line 3"),
+        ('1\ttext\t"Ti\n\n2\ttext\ttitle"\n', ":1: .*closed on line 3"),
+        ('1\ttext\t"Ti\n2\ttitle"\n', ":1: .*closed on line 2"),
+        ('id\ttext\ttitle\t"url\n1\ta\tb\tc"\n2\td\te\tf\n', ":1: .*closed on line 2"),
     ],
 )
 def test_quotes_that_take_in_other_rows_are_refused(tmp_path, rows, message):
@@ -48,6 +53,8 @@ def test_quotes_that_take_in_other_rows_are_refused(tmp_path, rows, message):
         ('1\t"two\nlines"\tT\n2\tb\tT\n', ["two\nlines", "b"]),
         ('1\t"a\tb"\tT\n', ["a\tb"]),
         ('1\t"a\tb\tc\nd"\tT\n', ["a\tb\tc\nd"]),
+        ('1\ta\t"two\nlines"\n2\tb\tT\n', ["a", "b"]),
+        ('1\t"a\nx\ty\tz\nb"\tT\n', ["a\nx\ty\tz\nb"]),
         ("\ufeff1\ta\tT\r\n2\tb\tT\r\n", ["a", "b"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,8 +15,13 @@ import pytest
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.lock import is_dead, locked, only_writer
 from expertrag_jax.files.writing import check_output, remove_dead, whole
-from expertrag_jax.infer import finished_questions
+from expertrag_jax.infer import finished_questions, job_key
+from expertrag_jax.interop.export_directory import FORMAT as EXPORT
+from expertrag_jax.main import main
 from expertrag_jax.retrieval.corpus import Question
+from expertrag_jax.retrieval.manifest import FORMAT as INDEX
+from expertrag_jax.service import service_from_model
+from expertrag_jax.trained_model import open_model
 
 HOLD = """
 import sys, time
@@ -118,6 +124,43 @@ def test_what_dead_writers_left_is_removed_and_living_ones_stay(tmp_path):
         assert is_dead(dead) and not is_dead(alive)
         remove_dead(tmp_path / "out")
     assert not dead.exists() and alive.exists() and other.exists()
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("evaluate --model_dir=m --questions=report/predictions.jsonl --output_dir=report", "is read by this command"),
+        ("evaluate --model_dir=model --questions=q.jsonl --output_dir=old", "holds a predictions.jsonl"),
+        ("index --corpus=index/own.tsv --index_dir=index", "lies in its output"),
+        ("index --corpus=p.tsv --vocabulary=index/v.model --index_dir=index", "lies in its output"),
+        ("index --corpus=p.tsv --retriever=index/retriever --index_dir=index", "lies in its output"),
+        ("index --documents=index/texts --index_dir=index", "lies in its output"),
+        ("mine --questions=q.jsonl --index_dir=index --output=index/passages.tsv.gz", "/index, which this"),
+        ("mine --questions=q.jsonl --index_dir=index --output=index/new.jsonl", "/index, which this"),
+        ("infer --model_dir=model --questions=q.jsonl --index_dir=index --output=index/manifest.json", "/index, which this"),
+        ("export --model_dir=model --index_dir=export/index --export_dir=export", "lies in its output"),
+    ],
+)
+def test_no_command_replaces_what_it_reads(tmp_path, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("report/predictions.jsonl", "old/predictions.jsonl", "p.tsv", "q.jsonl",
+                 "index/own.tsv", "index/v.model", "index/texts/a.txt", "index/passages.tsv.gz"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of the user")
+    for folder, format_name in (("index", INDEX), ("export", EXPORT)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "manifest.json").write_text(f'{{"format": "{format_name}"}}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    overwrite = [] if "old" in command else ["--overwrite"]
+    assert main([*command.split(), *overwrite]) == 2 and message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_job_is_known_by_the_system_too(tiny):
+    model = open_model(tiny.model_dir)
+    other = dataclasses.replace(model, system=dataclasses.replace(model.system, gate_hidden=3))
+    keys = [job_key(service_from_model(each, "never"), b"questions", "predict") for each in (model, model, other)]
+    assert keys[0] == keys[1] != keys[2]
 
 
 @pytest.mark.parametrize(
