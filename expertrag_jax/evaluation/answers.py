@@ -37,7 +37,9 @@ from expertrag_jax.errors import UserError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+"""Scripts whose words are written without blanks, or with particles joined to them."""
+_TOKEN = regex.compile(rf"(?V1)[[\p{{L}}\p{{N}}\p{{M}}]--[{_UNSPACED}]]+|(?=[{_UNSPACED}])\X|[^\p{{Z}}\p{{C}}]")
 _BLANK = regex.compile(r"[\u061c\u200b\u200c\u200e\u200f\u2581\ufeff\ufffd]")
 _UNSEEN = regex.compile(r"[\p{Cf}\x7f\x8f\x9f]")
 _SECONDS = 2.0  # that a regular expression may search a passage
@@ -113,31 +115,52 @@ SCORERS: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
 
 def score(rule: str, prediction: str, answers: Sequence[str]) -> dict[str, float]:
     """Every score of ``rule`` (a key of SCORERS) for what a reader predicts; ValueError as the rule has it."""
-    references = answers if rule == "regex" else [written_form(answer) for answer in answers]
-    return SCORERS[rule](written_form(prediction), references)
+    form = _written_pattern if rule == "regex" else written_form
+    return SCORERS[rule](written_form(prediction), [form(answer) for answer in answers])
 
 
 def written_form(text: str) -> str:
     """The text as a SentencePiece vocabulary writes it (its rule nmt_nfkc): NFKC, nothing unseen, blanks single."""
-    text = _UNSEEN.sub("", _BLANK.sub(" ", unicodedata.normalize("NFKC", text)))
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+    return " ".join(unicodedata.normalize("NFKC", _written_characters(text)).split())
+
+
+def _written_characters(text: str) -> str:
+    return _UNSEEN.sub("", _BLANK.sub(" ", unicodedata.normalize("NFKC", text)))
+
+
+def _written_pattern(pattern: str) -> str:
+    """The regular expression with every character that ``written_form`` replaces as what takes its place."""
+    parts, in_class, escaped = [], False, False
+    for character in pattern:
+        written = character if character.isascii() else _written_characters(character)
+        if written != character and not escaped:
+            written = regex.escape(written) if in_class or len(written) < 2 else f"(?:{regex.escape(written)})"
+        if not escaped and character in "[]":
+            in_class = character == "["
+        escaped = character == "\\" and not escaped
+        parts.append(written)
+    return "".join(parts)
 
 
 def check_rule(rule: str, answers: Iterable[Sequence[str]] = ()) -> None:
-    """Checks a rule's name and, for ``regex``, that every answer can be read.
+    """Checks a rule's name, and that it can read the answers.
 
     Raises:
-      UserError: no such rule, or an answer that is no regular expression.
+      UserError: no such rule, an answer that is no regular expression (``regex``), or no answer with text (``kilt``).
     """
     if rule not in SCORERS:
         raise UserError(f"--rule={rule} is unknown: choose one of {', '.join(SCORERS)}.")
-    for accepted in answers if rule == "regex" else ():
-        for pattern in accepted:
+    for accepted in answers if rule in ("regex", "kilt") else ():
+        if rule == "kilt" and not any(map(written_form, accepted)):
+            raise UserError(f"the answers {list(accepted)} hold no text, which --rule=kilt needs: mend or remove them.")
+        for pattern in accepted if rule == "regex" else ():
             try:
-                _pattern(pattern)
-            except regex.error as error:
+                for form in (pattern, _written_pattern(pattern)):
+                    _pattern(form).search("", timeout=_SECONDS)  # (?R) compiles and never ends
+            except (regex.error, ValueError, RecursionError, MemoryError, OverflowError, TimeoutError) as error:
                 raise UserError(
-                    f"the answer {pattern!r} is no regular expression ({error}), which --rule=regex needs: mend it."
+                    f"the answer {pattern[:80]!r} is no regular expression ({str(error) or 'it is too deep'}), which "
+                    "--rule=regex needs: mend it."
                 ) from None
 
 
@@ -167,7 +190,8 @@ def has_answer(text: str, answers: Iterable[str], rule: str = "squad1") -> bool:
     case; by the rule ``regex``, whether one is found in it as a regular expression.
 
     A token is a run of letters, digits and marks, or any other single character that is neither blank nor
-    control; both sides are decomposed (NFD) first. An answer without tokens occurs nowhere.
+    control; both sides are decomposed (NFD) first. An answer without tokens occurs nowhere. Unlike in DPR, each
+    character is a token in scripts that are written without blanks, where DPR finds no answer inside a sentence.
     """
     if rule == "regex":
         return any(_found(pattern, text) for pattern in answers)

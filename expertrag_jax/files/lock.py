@@ -115,7 +115,12 @@ def locked(path: Path) -> Iterator[None]:
 def _acquire(place: Path, what: str) -> int | None:
     """A descriptor that holds the lock; None where locks are not supported."""
     while True:
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise UserError(f"{place} is a link, which no lock is: remove it.") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

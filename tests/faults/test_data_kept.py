@@ -152,7 +152,7 @@ def test_fields_of_another_type_are_refused(tmp_path, record, message):
 ANSWERS = ("m²", "½", "ＦＵＬＬ", "ﬁne", "soft\u00adhyphen", "a\u00a0b", "e\u0301", "㎡", "ｶﾞ", "zero\u200bwidth")
 
 
-@pytest.mark.parametrize("rule", [rule for rule in SCORERS if rule != "regex"])
+@pytest.mark.parametrize("rule", SCORERS)
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_a_perfect_reader_is_right_in_the_form_of_its_vocabulary(rule, answer):
     vocabulary = train_vocabulary([answer, "m2 1⁄2 FULL fine softhyphen a b é zero width"] * 9, 300, byte_fallback=True)
@@ -184,10 +184,44 @@ def test_answers_may_be_regular_expressions(pattern, text, right):
     assert score("regex", text, ["no such", pattern]) == {"em": float(right)}
 
 
-def test_an_answer_that_is_no_regular_expression_is_refused():
-    with pytest.raises(UserError, match=r"'\(a' is no regular expression"):
-        check_rule("regex", [["a"], ["(a"]])
-    check_rule("squad1", [["(a"]])
+@pytest.mark.parametrize("pattern", ["(a", "(?La)x", "(?R)", "(" * 5000 + ")" * 5000, "*a"])
+def test_an_answer_that_is_no_regular_expression_is_refused(pattern):
+    with pytest.raises(UserError, match="is no regular expression"):
+        check_rule("regex", [["a"], [pattern]])
+    check_rule("squad1", [[pattern]])
+
+
+@pytest.mark.parametrize("answers", [[" "], [""], ["\u200b", "\u00ad"]])
+def test_answers_without_text_are_refused_by_the_rule_that_cannot_read_them(answers):
+    with pytest.raises(UserError, match="hold no text"):
+        check_rule("kilt", [["a", *answers], answers])
+    check_rule("squad1", [answers])
+
+
+@pytest.mark.parametrize(
+    "pattern, text",
+    [("m[²³]", "m2"), ("²+", "22"), (r"\(½\)", "(1⁄2)"), ("a（b）", "a(b)"), (r"\d{4}年?", "2008年"), ("½+", "1⁄21⁄2")],
+)
+def test_a_regular_expression_is_read_in_the_form_of_the_vocabulary(pattern, text):
+    assert score("regex", text, [pattern]) == {"em": 1.0}
+
+
+@pytest.mark.parametrize(
+    "answer, text, there",
+    [
+        ("北京大学", "他在北京大学读书，后来成了作家。", True),
+        ("北京大学", "他在北京上大学。", False),
+        ("서울", "서울은 크다", True),
+        ("서우", "서울은 크다", False),
+        ("กรุงเทพ", "เขาเรียนที่กรุงเทพฯ", True),
+        ("東京タワー", "昨日は東京タワーに行った。", True),
+        ("2008", "建于2008年。", True),
+        ("cat", "concatenate", False),
+        ("Lodz", "Łódź", False),
+    ],
+)
+def test_an_answer_is_found_in_scripts_without_blanks(answer, text, there):
+    assert has_answer(text, [answer]) is there
 
 
 @pytest.mark.parametrize("text", ["zyx " * 2000, "zyx " * 30000, "zyx ▅ " * 9])

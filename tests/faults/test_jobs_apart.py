@@ -84,6 +84,15 @@ def test_a_lock_file_that_nobody_holds_stops_nobody(tmp_path):
                 pass
 
 
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "file").write_text("of the user")
+    (tmp_path / ".out.lock").symlink_to("file")
+    with pytest.raises(UserError, match=r"\.out\.lock is a link"):
+        with only_writer(tmp_path / "out", "out"):
+            pass
+    assert (tmp_path / "file").read_text() == "of the user" and (tmp_path / ".out.lock").is_symlink()
+
+
 def test_whole_files_appear_whole_and_failures_leave_nothing(tmp_path):
     path = tmp_path / "folder" / "a.txt"
     with whole(path) as file:
@@ -137,7 +146,7 @@ def test_what_dead_writers_left_is_removed_and_living_ones_stay(tmp_path):
         ("index --documents=index/texts --index_dir=index", "lies in its output"),
         ("mine --questions=q.jsonl --index_dir=index --output=index/passages.tsv.gz", "/index, which this"),
         ("mine --questions=q.jsonl --index_dir=index --output=index/new.jsonl", "/index, which this"),
-        ("infer --model_dir=model --questions=q.jsonl --index_dir=index --output=index/manifest.json", "/index, which this"),
+        ("infer --model_dir=m --questions=q.jsonl --index_dir=index --output=index/manifest.json", "/index, which this"),
         ("export --model_dir=model --index_dir=export/index --export_dir=export", "lies in its output"),
     ],
 )
