@@ -45,6 +45,7 @@ HOUSE = (
     ("disk", ("disk",)),
     ("terminal", ("terminal",)),
     ("files, and what they may say", ("files", "ranges")),
+    ("scripts", ("scripts",)),
     ("registry", ("registry",)),
     ("errors", ("errors",)),
 )

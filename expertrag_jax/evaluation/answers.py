@@ -34,12 +34,13 @@ from collections.abc import Callable, Iterable, Sequence
 import regex
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.scripts import WITHOUT_BLANKS
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-"""Scripts whose words are written without blanks, or with particles joined to them."""
-_TOKEN = regex.compile(rf"(?V1)[[\p{{L}}\p{{N}}\p{{M}}]--[{_UNSPACED}]]+|(?=[{_UNSPACED}])\X|[^\p{{Z}}\p{{C}}]")
+_TOKEN = regex.compile(
+    rf"(?V1)[[\p{{L}}\p{{N}}\p{{M}}]--[{WITHOUT_BLANKS}]]+|(?=[{WITHOUT_BLANKS}])\X|[^\p{{Z}}\p{{C}}]"
+)
 _BLANK = regex.compile(r"[\u061c\u200b\u200c\u200e\u200f\u2581\ufeff\ufffd]")
 _UNSEEN = regex.compile(r"[\p{Cf}\x7f\x8f\x9f]")
 _SECONDS = 2.0  # that a regular expression may search a passage

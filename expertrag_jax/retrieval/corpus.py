@@ -123,6 +123,7 @@ def _tsv_records(path: Path, lines: TextIO, written_here: bool) -> Iterator[tupl
     raw: list[str] = []  # the lines of the record that is being read
     reader = csv.reader((raw.append(line) or line for line in lines), delimiter="\t")
     places, width, line = [0, 1, 2], 3, 1
+    first: list[str] | None = None  # the header, which files that were put together repeat
     while True:
         raw.clear()
         try:
@@ -131,11 +132,13 @@ def _tsv_records(path: Path, lines: TextIO, written_here: bool) -> Iterator[tupl
             raise UserError(f"{path}:{line}: {error}: quote fields as DPR's psgs_w100.tsv does") from None
         if row is None:
             return
-        header = _header(row) if line == 1 else None
+        if row:
+            row[0] = row[0].removeprefix("\ufeff")  # of a file that others were appended to
+        header = _header(row) if line == 1 or row == first else None
         if row and not written_here:
             _check_quotes(path, line, raw, len(row) if header else width)
         if header:
-            places, width = header, len(row)
+            places, width, first = header, len(row), row
         elif row:
             if len(row) != width:
                 raise UserError(

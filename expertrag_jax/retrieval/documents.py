@@ -44,7 +44,7 @@ def markdown_sections(text: str, title: str = "") -> list[tuple[str, str]]:
 
 def _records(path: Path, name: str, left_out: Counter[str]) -> Iterator[tuple[str, str, str]]:
     """(id, title, text) of each document or section of a file; counts the Markdown headings without text."""
-    suffix = path.with_suffix("").suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+    stem, suffix = _stem_and_kind(Path(name).name)
     if suffix in _JSON:
         for line, record in json_lines(path):
             text, title = record.get("text", record.get("contents")), record.get("title") or ""
@@ -56,7 +56,6 @@ def _records(path: Path, name: str, left_out: Counter[str]) -> Iterator[tuple[st
         return
     with open_text(path) as file:
         text = file.read()
-    stem = Path(name).name.split(".")[0]
     if suffix in _MARKDOWN:
         sections = markdown_sections(text, stem)
         written = [(title, section) for title, section in sections if section.strip()]
@@ -66,6 +65,14 @@ def _records(path: Path, name: str, left_out: Counter[str]) -> Iterator[tuple[st
             yield f"{name}:{number}", title, section
     else:
         yield name, stem, text
+
+
+def _stem_and_kind(name: str) -> tuple[str, str]:
+    """("notes", ".md") of "notes.md" and of "notes.MD.gz"."""
+    if name.lower().endswith(".gz"):
+        name = name[: -len(".gz")]
+    stem, dot, kind = name.rpartition(".")
+    return stem, dot + kind.lower()
 
 
 def _files(path: Path, left_out: Counter[str]) -> list[tuple[Path, str]]:

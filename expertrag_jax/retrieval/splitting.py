@@ -5,7 +5,7 @@ from __future__ import annotations
 import regex
 
 from expertrag_jax.errors import UserError
-from expertrag_jax.retrieval.words import WITHOUT_BLANKS
+from expertrag_jax.scripts import WITHOUT_BLANKS
 
 _CLOSING = r"""["'”’)\]]*"""
 # A sentence ends at . ! ? and closing quotes or brackets, before white space and what can begin the next one. Other
@@ -19,6 +19,7 @@ _ABBREVIATION = regex.compile(
     r"(?:^|[\s(\[\"'“‘])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Gen|Col|Lt|Sgt|Rev|Hon|Capt|Gov|Sen|Rep|No|Nos|Vol"
     r"|pp?|vs|etc|cf|ca|approx|e\.g|i\.e|U\.S|U\.K|U\.N|Inc|Ltd|Co|Corp|Fig|Eq|al)\.$"
 )
+_LONGEST_ABBREVIATION = 16  # characters, with what stands around it: a text full of them is searched in linear time
 # What counts as a word: a pair of characters of a script without blanks, or what stands between blanks, if it has at
 # most 40 letters. A longer run, such as an encoded file, counts as one word for every five letters.
 _PAIR = rf"(?:[{WITHOUT_BLANKS}]\p{{M}}*){{1,2}}\p{{P}}*"
@@ -55,9 +56,9 @@ def split_text(text: str, max_words: int = 100) -> list[str]:
             passages.append("".join(current).rstrip())
             current = []
         current += words
-        while len(current) > max_words:
-            passages.append("".join(current[:max_words]).rstrip())
-            current = current[max_words:]
+        full = (len(current) - 1) // max_words * max_words
+        passages += ["".join(current[i : i + max_words]).rstrip() for i in range(0, full, max_words)]
+        current = current[full:]
     if current:
         passages.append("".join(current).rstrip())
     return passages
@@ -68,8 +69,8 @@ def _with_blanks(text: str) -> list[str]:
     text = " ".join(text.split())
     found, start = [], 0
     for match in _SENTENCE_END.finditer(text):
-        sentence = text[start : match.end()]
-        if not _ABBREVIATION.search(sentence.rstrip()):
-            found.append(sentence)
+        tail = text[max(start, match.end() - _LONGEST_ABBREVIATION) : match.end()]
+        if not _ABBREVIATION.search(tail.rstrip()):
+            found.append(text[start : match.end()])
             start = match.end()
     return found + [text[start:]] if text[start:] else found

@@ -18,14 +18,13 @@ import unicodedata
 
 import regex
 
+from expertrag_jax.scripts import WITHOUT_BLANKS
+
 _UNSEEN = regex.compile(r"[\p{Cf}\p{Variation_Selector}--\u200b]", regex.V1)  # U+200B stands between words
 _THOUSANDS = regex.compile(r"(?<=\p{Nd}),(?=\p{Nd}{3}(?!\p{Nd}))")
 _ACRONYM = regex.compile(r"(?<![\p{L}\p{N}])\p{L}(?:\.\p{L})+(?![\p{L}\p{N}])")
 _ENDING = regex.compile(r"(?<=\p{L})['’ʼ][st](?![\p{L}\p{N}])")
 _RUN = regex.compile(r"[\p{L}\p{M}\p{N}]+")
-WITHOUT_BLANKS = "".join(rf"\p{{Line_Break={name}}}" for name in ("SA", "ID", "CJ", "NS", "H2", "H3", "JL", "JV", "JT"))
-"""Characters of scripts without blanks, inside a class of `regex`: Unicode's line breaking classes (UAX #14) of complex
-context, ideographs, kana and Hangul."""
 _PART_WITHOUT_BLANKS = regex.compile(rf"[{WITHOUT_BLANKS}][{WITHOUT_BLANKS}\p{{M}}]*")
 _PART = regex.compile(rf"{_PART_WITHOUT_BLANKS.pattern}|(?:(?![{WITHOUT_BLANKS}]).)+")
 _CHARACTER = regex.compile(r"\X")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import unicodedata
 
@@ -60,6 +61,14 @@ def test_quotes_that_take_in_other_rows_are_refused(tmp_path, rows, message):
 )
 def test_quotes_that_were_read_rightly_still_are(tmp_path, rows, texts):
     assert read_passages_tsv(write(tmp_path, rows, "p.tsv")).texts == texts
+
+
+def test_files_that_were_put_together_repeat_their_beginning(tmp_path):
+    members = [f"\ufeffid\ttext\ttitle\n{row}\ta\tT\n".encode() for row in (1, 2)]
+    for name, content in (("p.tsv", b"".join(members)), ("p.tsv.gz", b"".join(map(gzip.compress, members)))):
+        assert read_passages_tsv(write(tmp_path, content, name)).ids == ["1", "2"]
+    content = b"".join(f"\ufeff{row}\ta\tT\n".encode() for row in (1, 2))
+    assert read_passages_tsv(write(tmp_path, content, "q.tsv")).ids == ["1", "2"]
 
 
 def test_the_passages_of_an_index_may_look_like_rows(tmp_path):

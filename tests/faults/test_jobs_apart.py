@@ -144,9 +144,9 @@ def test_what_dead_writers_left_is_removed_and_living_ones_stay(tmp_path):
         ("index --corpus=p.tsv --vocabulary=index/v.model --index_dir=index", "lies in its output"),
         ("index --corpus=p.tsv --retriever=index/retriever --index_dir=index", "lies in its output"),
         ("index --documents=index/texts --index_dir=index", "lies in its output"),
-        ("mine --questions=q.jsonl --index_dir=index --output=index/passages.tsv.gz", "/index, which this"),
-        ("mine --questions=q.jsonl --index_dir=index --output=index/new.jsonl", "/index, which this"),
-        ("infer --model_dir=m --questions=q.jsonl --index_dir=index --output=index/manifest.json", "/index, which this"),
+        ("mine --questions=q.jsonl --index_dir=index --output=index/passages.tsv.gz", "which this"),
+        ("mine --questions=q.jsonl --index_dir=index --output=index/new.jsonl", "which this"),
+        ("infer --model_dir=m --questions=q.jsonl --index_dir=index --output=index/manifest.json", "which this"),
         ("export --model_dir=model --index_dir=export/index --export_dir=export", "lies in its output"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import time
 
 import numpy as np
 import pytest
@@ -72,6 +74,32 @@ def test_reads_a_folder(tmp_path):
     assert passages.titles == ["a", "a", "a", "X", "", "Title"]
     assert max(len(text.split()) for text in passages.texts) == 100
     assert read_documents(tmp_path / "sub" / "b.md").texts == ["Text here."]
+
+
+@pytest.mark.parametrize(
+    "name, title",
+    [
+        ("Dr. Smith.txt", "Dr. Smith"),
+        ("v1.2 notes.md", "v1.2 notes"),
+        (".hidden.txt", ".hidden"),
+        ("a.MD.GZ", "a"),
+        ("a.TXT.gz", "a"),
+        ("b.JSONL.GZ", "A title"),
+    ],
+)
+def test_a_document_is_of_its_kind_and_named_whole(tmp_path, name, title):
+    content = b'{"text": "Text.", "title": "A title"}' if "JSON" in name else b"Text."
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    passages = read_documents(tmp_path)
+    assert (passages.titles, passages.texts) == ([title], ["Text."])
+
+
+@pytest.mark.parametrize("piece", ["A. ", "No. 1 ", "word ", "U.S. "])
+def test_a_long_text_is_split_in_linear_time(piece):
+    began = time.process_time()
+    passages = split_text(piece * 30_000)
+    assert "".join("".join(passages).split()) == (piece * 30_000).replace(" ", "")
+    assert time.process_time() - began < 20  # .5 s; it was six minutes
 
 
 def test_bad_documents_are_refused_in_one_sentence(tmp_path):
