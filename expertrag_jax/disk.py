@@ -26,6 +26,7 @@ _ENVIRONMENT = {
     )
     if hasattr(errno, name)
 }  # fmt: skip
+_NUMBER = re.compile(r"\s*\[Errno (\d+)\]")
 _CLASSES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -66,4 +67,8 @@ def is_full(error: BaseException | None) -> bool:
 
 def of_environment(error: BaseException) -> bool:
     """Whether the system refused a file, a folder, a device or one more descriptor: no defect of the program."""
-    return isinstance(error, OSError) and (error.errno in _ENVIRONMENT or isinstance(error, _CLASSES))
+    if not isinstance(error, OSError):
+        return False
+    told = _NUMBER.match(str(error))  # gin raises a copy of the error, without its number
+    number = error.errno if told is None else int(told[1])
+    return number in _ENVIRONMENT or isinstance(error, _CLASSES)

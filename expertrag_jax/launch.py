@@ -30,6 +30,7 @@ import gin
 
 from expertrag_jax import disk, gin_errors, gin_files, gin_ranges, job_flags, processes
 from expertrag_jax.errors import QualityMissed, UserError
+from expertrag_jax.terminal import visible
 
 DEFECT, USER_ERROR, QUALITY_MISSED, INTERRUPTED = 1, 2, 3, 130
 
@@ -75,7 +76,8 @@ def execute(job_name: str, argv: Sequence[str], prog: str | None = None, began: 
             raise
         if sentence is None or debug:
             traceback.print_exc()
-        print(f"{processes.prefix()}error: {sentence or type(error).__name__}", file=sys.stderr)
+        # The sentence may hold names out of a file that somebody sent.
+        print(f"{processes.prefix()}error: {visible(sentence or type(error).__name__)}", file=sys.stderr)
         return DEFECT if sentence is None else USER_ERROR
     finally:
         _started.pop(job_name, None)
@@ -105,6 +107,8 @@ def explain(error: BaseException) -> str | None:
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and package not in ("expertrag_jax", "tasks"):
         return f"this needs the package {package}, which is not installed here."
+    if isinstance(error, MemoryError):
+        return f"There is not enough memory ({text or 'the system gave no more'}): lower the sizes that were asked for."
     if disk.is_full(error):
         return f"The disk is full ({text}): make room and run the same command again."
     if disk.of_environment(error):

@@ -12,12 +12,12 @@ import numpy as np
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.sealed import settings
-from expertrag_jax.ranges import Count, Fraction
+from expertrag_jax.ranges import Count, Fraction, checked
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.lexical_index import LexicalIndex
 from expertrag_jax.retrieval.mesh_index import ExactIndex
 from expertrag_jax.retrieval.metrics import first_ranks
-from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, REMEDY, Queries, absent
+from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, REMEDY, Queries, absent, with_settings
 from expertrag_jax.retrieval.scann_index import ScannIndex
 
 _LOG = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def sureness(ranks: np.ndarray, lexical_ranks: np.ndarray, cuts: Sequence[int]) 
     return float(each.mean() / each.std() * len(each) ** 0.5)
 
 
+@checked
 class HybridIndex:
     """A dense and a lexical index searched side by side; see `normalise` and `combine` for the score.
 
@@ -115,21 +116,17 @@ class HybridIndex:
 
     def __init__(
         self,
-        dense: str = "scann",
-        weight: float = 0.5,
-        candidates: int = 200,
+        dense: Literal["scann", "exact"] = "scann",
+        weight: Fraction = 0.5,
+        candidates: Count = 200,
         dense_settings: dict | None = None,
         lexical_settings: dict | None = None,
     ):
-        if dense not in _DENSE:
-            raise UserError(f"unknown dense index {dense!r}: choose one of {', '.join(_DENSE)}")
-        if not 0 <= weight <= 1:
-            raise UserError(f"the weight of the dense index is {weight}: choose one between 0 and 1")
         self.weight = weight
         self.candidates = candidates
         self._dense_settings = dict(dense_settings or {})
-        self.dense = _DENSE[dense](**self._dense_settings)
-        self.lexical = LexicalIndex(**(lexical_settings or {}))
+        self.dense = with_settings(_DENSE[dense], self._dense_settings)
+        self.lexical = with_settings(LexicalIndex, lexical_settings or {})
 
     @property
     def settings(self) -> dict:

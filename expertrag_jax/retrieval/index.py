@@ -33,7 +33,7 @@ from expertrag_jax.retrieval.manifest import (
     library_versions,
     read_manifest,
 )
-from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, REMEDY, Index, Queries
+from expertrag_jax.retrieval.protocol import ABSENT_ROW, ABSENT_SCORE, REMEDY, Index, Queries, with_settings
 
 __all__ = [
     "ABSENT_ROW",
@@ -64,12 +64,12 @@ def make_index(kind: str, **settings) -> Index:
     """An empty index of a kind: "scann", "exact", "bm25" or "hybrid", with that class's settings.
 
     Raises:
-      UserError: no such kind.
+      UserError: no such kind, or no such setting.
     """
     if kind not in KINDS:
         raise UserError(f"unknown kind of index {kind!r}: choose one of {', '.join(KINDS)}")
     module, name = KINDS[kind]
-    return getattr(importlib.import_module(module), name)(**settings)
+    return with_settings(getattr(importlib.import_module(module), name), settings)
 
 
 @dataclasses.dataclass
@@ -225,6 +225,8 @@ def _open(directory: Path, verify: bool, settings: dict) -> LoadedIndex:
     tokens = _load_array(directory, manifest, TOKENS_NAME, manifest.token_length, "int32")
     vectors = _load_array(directory, manifest, VECTORS_NAME, manifest.dimension, "float32")
     index = make_index(manifest.kind, **settings)
+    if manifest.metric != index.metric:
+        raise UserError(f"{directory} is damaged (a {manifest.kind} index scores by {index.metric}): {REMEDY}.")
     if index.needs_vectors and vectors is None:
         raise UserError(f"{directory} is damaged (a {manifest.kind} index has vectors): {REMEDY}.")
     index.load(directory / SEARCHER_NAME, vectors)

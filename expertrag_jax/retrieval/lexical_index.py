@@ -11,17 +11,28 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from expertrag_jax.errors import UserError
-from expertrag_jax.files.sealed import settings
-from expertrag_jax.ranges import Fraction, Weight
+from expertrag_jax.files.sealed import check_fields, parsed, settings
+from expertrag_jax.ranges import Count, Fraction, Weight, checked
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.protocol import REMEDY, Queries, absent, require_texts
 from expertrag_jax.retrieval.words import without_accents, words_of
 
 _WORD_RULE = 2  # of `words.words_of`; 1 is bm25s's own: two or more letters or digits, not their marks
 _SETTINGS, _SEARCHER = "bm25.json", "bm25"
+StopWords = Literal[
+    "english", "english_plus", "german", "dutch", "french", "spanish", "portuguese", "italian", "russian", "swedish",
+    "norwegian", "chinese", "turkish", "korean", "danish",
+]  # fmt: skip
+"""Languages whose stop words bm25s knows."""
 _HINTS = {
-    "k1": Weight, "b": Fraction, "language": str | None, "stopwords": str | None, "word_rule": Literal[1, 2] | None,
+    "k1": Weight, "b": Fraction, "language": str | None, "stopwords": StopWords | None,
+    "word_rule": Literal[1, 2] | None,
 }  # fmt: skip
+_PARAMETERS = {
+    "k1": Weight, "b": Fraction, "method": Literal["lucene"], "idf_method": Literal["lucene"],
+    "dtype": Literal["float32"], "int_dtype": Literal["int32"], "num_docs": Count, "backend": Literal["numpy"],
+}  # fmt: skip
+"""What bm25s may find in its own file of parameters, which decides what it imports and allocates."""
 
 
 def _bm25s() -> Any:
@@ -33,6 +44,7 @@ def _bm25s() -> Any:
     return bm25s
 
 
+@checked
 class LexicalIndex:
     """BM25 in Lucene's form over the words of title and text.
 
@@ -53,11 +65,13 @@ class LexicalIndex:
 
     def __init__(
         self,
-        k1: float = 1.5,
-        b: float = 0.75,
+        k1: Weight = 1.5,
+        b: Fraction = 0.75,
         language: str | None = "english",
-        stopwords: str | None = "english",
+        stopwords: StopWords | None = "english",
     ):
+        if language is not None:
+            _stemmer(language)
         self.settings: dict = {"k1": k1, "b": b, "language": language, "stopwords": stopwords}
         self._model: Any | None = None
         self._word_rule = _WORD_RULE
@@ -120,10 +134,12 @@ class LexicalIndex:
         directory = Path(directory)
         self.settings = settings(directory / _SETTINGS, _HINTS, REMEDY)
         self._word_rule = self.settings.pop("word_rule", None) or 1
+        parameters = directory / _SEARCHER / "params.index.json"
+        check_fields(parsed(parameters, REMEDY), _PARAMETERS, parameters, REMEDY)
         try:
             self._model = _bm25s().BM25.load(directory / _SEARCHER, mmap=True, allow_pickle=False)
             self._check_arrays()
-        except (ValueError, KeyError, TypeError, OSError, EOFError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, RecursionError) as error:
             raise UserError(f"{directory} is damaged ({' '.join(str(error).split())[:120]}): {REMEDY}.") from None
         return self
 
@@ -142,8 +158,10 @@ class LexicalIndex:
         if len(scores["data"]) != len(scores["indices"]) or not len(ends) or ends[-1] != len(scores["data"]):
             raise ValueError("its arrays differ in length")
         numbers = self._model.vocab_dict.values()
-        if not all(isinstance(number, int) and 0 <= number < len(ends) for number in numbers):
+        if not numbers or not all(type(number) is int and 0 <= number < len(ends) for number in numbers):
             raise ValueError("its words have no places")
+        if len(set(numbers)) < len(numbers):
+            raise ValueError("two of its words share a place")
 
     def _check_postings(self, ids: Sequence[int]) -> None:
         """UserError where the words' places in the arrays, or the passages there, are outside of them."""
@@ -154,6 +172,9 @@ class LexicalIndex:
             rows = scores["indices"][start:end] if 0 <= start <= end <= len(scores["indices"]) else None
             if rows is None or (len(rows) and not (0 <= rows.min() and rows.max() < self.count)):
                 raise UserError(f"the bm25 index is damaged (a word points to passages it does not hold): {REMEDY}.")
+            weights = scores["data"][start:end]
+            if not (np.isfinite(weights).all() and (weights >= 0).all()):
+                raise UserError(f"the bm25 index is damaged (a word's weights are no weights): {REMEDY}.")
 
     def verify(self) -> None:
         """Checks every word's passages; UserError as ``search``."""

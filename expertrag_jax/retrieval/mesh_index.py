@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.sealed import settings
 from expertrag_jax.mips import DEFAULT_BLOCK_SIZE, sharded_topk
-from expertrag_jax.ranges import Count, Share
+from expertrag_jax.ranges import Count, Share, checked
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.protocol import REMEDY, Queries, absent, require_vectors
 
@@ -25,6 +25,7 @@ def _bucket(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
+@checked
 class ExactIndex:
     """Exact (or `approx_max_k`) maximum inner product search over vectors that are split over a mesh.
 
@@ -45,9 +46,9 @@ class ExactIndex:
         self,
         mesh: Mesh | None = None,
         axis: str | tuple[str, ...] | None = None,
-        block_size: int = DEFAULT_BLOCK_SIZE,
-        recall_target: float | None = None,
-        max_batch: int = 256,
+        block_size: Count = DEFAULT_BLOCK_SIZE,
+        recall_target: Share | None = None,
+        max_batch: Count = 256,
     ):
         if mesh is None:
             mesh = jax.make_mesh((1,), ("passages",), (AxisType.Auto,), devices=jax.local_devices()[:1])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -15,10 +16,26 @@ from expertrag_jax.mips import ABSENT_ROW, ABSENT_SCORE
 if TYPE_CHECKING:
     from expertrag_jax.retrieval.corpus import Passages
 
-__all__ = ["ABSENT_ROW", "ABSENT_SCORE", "REMEDY", "Index", "Queries", "require_texts", "require_vectors"]
+__all__ = [
+    "ABSENT_ROW", "ABSENT_SCORE", "REMEDY", "Index", "Queries", "require_texts", "require_vectors", "with_settings",
+]  # fmt: skip
 
+_T = TypeVar("_T")
 REMEDY = "copy the whole directory again, or build the index again"
 """How a damaged index is mended, for messages."""
+
+
+def with_settings(cls: type[_T], settings: Mapping[str, Any]) -> _T:
+    """An object of an index's class, with settings that a user gave.
+
+    Raises:
+      UserError: a setting that the class has not, or a value outside its range.
+    """
+    known = list(inspect.signature(cls).parameters)
+    for name in settings:
+        if name not in known:
+            raise UserError(f"a {cls.kind} index has no setting {name!r}: it has {', '.join(known)}.")
+    return cls(**settings)
 
 
 @dataclasses.dataclass(frozen=True)

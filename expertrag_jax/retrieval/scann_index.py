@@ -29,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 _SETTINGS, _SEARCHER = "scann.json", "scann"
 SMALLEST_CORPUS = 1000  # below it an exact search is faster, and a tree has too little to learn from
 _TRAINING_SAMPLE = 250_000
+_ROWS_AT_A_TIME = 65_536
 
 
 def automatic_parameters(count: int) -> dict[str, int]:
@@ -61,6 +62,7 @@ def _pybind() -> Any | None:
     return scann_ops_pybind
 
 
+@ranges.checked
 class ScannIndex:
     """Tree, asymmetric hashing and exact reordering over float32 vectors, by inner product.
 
@@ -81,15 +83,17 @@ class ScannIndex:
 
     def __init__(
         self,
-        num_leaves: int | None = None,
-        leaves_to_search: int | None = None,
-        reorder: int | None = None,
+        num_leaves: Count | None = None,
+        leaves_to_search: Count | None = None,
+        reorder: Count | None = None,
         threads: Natural = 1,
     ):
         self._asked = {"num_leaves": num_leaves, "leaves_to_search": leaves_to_search, "reorder": reorder}
         self.threads = threads
         self.settings: dict = dict(self._asked)
         self._searcher: Any | None = None
+        self._vectors: np.ndarray | None = None  # the index's, and ScaNN's folder, once loaded
+        self._folder: Path | None = None
         self._exact: ExactIndex | None = None
         self._count, self._dimension = 0, 0
 
@@ -203,8 +207,13 @@ class ScannIndex:
         if pybind is None:
             return self._serve_exactly(vectors, "scann cannot be imported on this machine")
         self._check_files(directory / _SEARCHER)
-        with native_output.held_back():
-            self._searcher = pybind.load_searcher(str(directory / _SEARCHER))
+        self._vectors, self._folder = vectors, directory / _SEARCHER
+        try:
+            with native_output.held_back():
+                self._searcher = pybind.load_searcher(str(self._folder))
+        except (RuntimeError, ValueError, TypeError, LookupError, OSError) as error:
+            told = " ".join(str(error).split())[:120]
+            raise UserError(f"{self._folder} is damaged (ScaNN says: {told}): {REMEDY}.") from None
         return self
 
     def _check_files(self, folder: Path) -> None:
@@ -221,6 +230,7 @@ class ScannIndex:
             if Path(name).name != name or not (folder / name).is_file():
                 raise UserError(f"{folder} is damaged (it reads {ranges.shown(name)}): {REMEDY}.")
         array(folder / "dataset.npy", (self._count, self._dimension), "float32", REMEDY)
+        array(folder / "hashed_dataset.npy", (self._count, -(-self._dimension // 2)), "uint8", REMEDY)
         leaves = array(folder / "datapoint_to_token.npy", (self._count,), "int32", REMEDY)
         if not (0 <= leaves.min() and leaves.max() < self.settings["num_leaves"]):
             raise UserError(f"{folder} is damaged (a passage is in a leaf that is not there): {REMEDY}.")
@@ -231,4 +241,11 @@ class ScannIndex:
         return self._count
 
     def verify(self) -> None:
-        """Nothing beyond what `load` checks."""
+        """Checks that ScaNN scores the index's own vectors; UserError where it does not."""
+        if self._exact is not None or self._folder is None:
+            return
+        held = np.load(self._folder / "dataset.npy", mmap_mode="r")
+        for start in range(0, self._count, _ROWS_AT_A_TIME):
+            rows = slice(start, start + _ROWS_AT_A_TIME)
+            if not np.array_equal(held[rows], self._vectors[rows]):
+                raise UserError(f"{self._folder} is damaged (it scores other vectors than the index's): {REMEDY}.")

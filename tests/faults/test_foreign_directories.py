@@ -201,6 +201,87 @@ def test_words_that_point_outside_are_refused_when_they_are_read(directory, name
         index.search(Queries([f"word{number}" for number in range(COUNT)]), 3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1])
+def test_weights_that_are_none_are_refused_when_they_are_read(directory, value):
+    if read_manifest(directory).kind != "bm25":
+        pytest.skip("bm25 alone has weights")
+    place = "searcher/bm25/data.csc.index.npy"
+    replace(directory, place, np.full_like(np.load(directory / place), value))
+    index = open_index(directory).index
+    for look in (index.verify, lambda: index.search(Queries(["word1"]), 3)):
+        with pytest.raises(UserError, match="weights are no weights"):
+            look()
+
+
+@pytest.mark.parametrize(
+    "name, field, value",
+    [
+        *[("params.index", field, value) for field, value in (
+            ("backend", "numba"), ("num_docs", 12.0), ("num_docs", "12"), ("dtype", "S10"), ("int_dtype", "object"),
+            ("method", "bm25+"), ("num_docs", None),
+        )],
+        *[("vocab.index", "word1", value) for value in (True, 10**9, "3", 0)],
+        ("vocab.index", None, []), ("vocab.index", None, {}),
+        ("../bm25", "stopwords", "klingon"), ("../bm25", "k1", -1), ("../bm25", "language", "klingon"),
+    ],
+)  # fmt: skip
+def test_what_bm25s_would_believe_is_checked(directory, name, field, value):
+    if read_manifest(directory).kind != "bm25":
+        pytest.skip("bm25's files")
+    place = os.path.normpath(f"searcher/bm25/{name}.json")
+    fields = json.loads((directory / place).read_text())
+    if field == "word1":  # the place of another word for 0
+        value = next(number for word, number in fields.items() if word != "word1") if value == 0 else value
+    replace(directory, place, json.dumps(value if field is None else fields | {field: value}).encode())
+    with pytest.raises(UserError):
+        open_index(directory).index.search(Queries(["word1 common"]), 3)
+
+
+@pytest.fixture(scope="module")
+def scann_index(tmp_path_factory):
+    place = tmp_path_factory.mktemp("scann") / "index"
+    vectors = np.random.default_rng(0).normal(size=(1000, WIDTH)).astype(np.float32)
+    passages = Passages([str(number) for number in range(1000)], [""] * 1000, ["text"] * 1000)
+    write_index(place, make_index("scann").build(passages, vectors), passages, vectors=vectors)
+    return place
+
+
+@pytest.mark.parametrize("name", ["scann_config.pb", "ah_codebook.pb", "serialized_partitioner.pb"])
+@pytest.mark.parametrize("kept", [0, 9])
+def test_files_that_scann_cannot_read_are_one_sentence(scann_index, tmp_path, name, kept):
+    directory = shutil.copytree(scann_index, tmp_path / "index")
+    place = f"searcher/scann/{name}"
+    replace(directory, place, (directory / place).read_bytes()[:kept])
+    with pytest.raises(UserError, match="is damaged"):
+        open_index(directory)
+
+
+def test_what_scann_scores_are_the_vectors_of_the_index(scann_index, tmp_path):
+    directory = shutil.copytree(scann_index, tmp_path / "index")
+    open_index(directory).index.verify()
+    held = np.load(directory / "searcher/scann/dataset.npy")
+    held[500, 0] = np.nan
+    replace(directory, "searcher/scann/dataset.npy", held)
+    with pytest.raises(UserError, match="scores other vectors"):
+        open_index(directory).index.verify()
+    replace(directory, "searcher/scann/hashed_dataset.npy", np.zeros((10, 2), np.uint8))
+    with pytest.raises(UserError, match="is damaged"):
+        open_index(directory)
+
+
+def test_a_manifest_with_another_score_is_refused(directory):
+    change(directory, metric="foo")
+    with pytest.raises(UserError, match="index scores by"):
+        open_index(directory)
+
+
+def test_escape_sequences_of_others_are_shown(directory, capsys):
+    change(directory, files={"\x1b]0;title\x07": {"bytes": 3, "sha256": "0"}})
+    assert launch.execute("expertrag_jax.index:build_index", [f"--index_dir={directory}", "--verify"]) == 2
+    told = capsys.readouterr().err
+    assert "\x1b" not in told and "\\x1b]0;title" in told
+
+
 @pytest.mark.parametrize(
     "name, place, value, message",
     [("vectors.npy", 3, np.nan, "no numbers"), ("passage_tokens.npy", 3, -5, "negative tokens")],

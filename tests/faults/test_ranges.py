@@ -9,10 +9,12 @@ import typing
 
 import annotated_types
 import gin
+import numpy as np
 import pytest
 
 from expertrag_jax import gin_files, launch, main, ranges
 from expertrag_jax.errors import UserError
+from expertrag_jax.retrieval.index import make_index
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TRAIN = [
@@ -86,6 +88,35 @@ def test_a_flag_outside_its_range_is_one_sentence(tmp_path, capsys, monkeypatch,
         told = capsys.readouterr().err
         assert message in told and told.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "kind, settings, message",
+    [
+        ("bm25", {"k1": "x"}, "k1 is 'x'"),
+        ("bm25", {"k1": -1}, "k1 is -1"),
+        ("bm25", {"b": 7}, "b is 7"),
+        ("bm25", {"foo": 1}, "no setting 'foo': it has k1, b, language, stopwords"),
+        ("bm25", {"stopwords": "klingon"}, "stopwords is 'klingon'"),
+        ("bm25", {"language": "klingon"}, "no stemmer for language 'klingon'"),
+        ("scann", {"num_leaves": 0}, "num_leaves is 0"),
+        ("scann", {"leaves": 3}, "no setting 'leaves'"),
+        ("exact", {"block_size": 0}, "block_size is 0"),
+        ("hybrid", {"weight": float("nan")}, "weight is nan"),
+        ("hybrid", {"candidates": 0}, "candidates is 0"),
+        ("hybrid", {"lexical_settings": {"b": 2}}, "b is 2"),
+        ("hybrid", {"dense_settings": {"k1": 2}}, "no setting 'k1'"),
+    ],
+)
+def test_a_setting_of_an_index_outside_its_range_is_one_sentence(kind, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_index(kind, **settings)
+
+
+def test_too_little_memory_is_one_sentence():
+    with pytest.raises(MemoryError) as raised:
+        np.zeros(2**62, np.uint8)
+    assert launch.explain(raised.value).startswith("There is not enough memory (Unable to allocate")
 
 
 def numbers_without_range(hint, limited=False) -> list[type]:

@@ -104,7 +104,7 @@ def test_the_surest_weight_is_the_one_that_costs_nothing_anywhere():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(UserError, match="unknown dense index 'bm25'"):
+    with pytest.raises(UserError, match="HybridIndex.dense is 'bm25'"):
         make_index("hybrid", dense="bm25")
-    with pytest.raises(UserError, match="weight of the dense index is 1.5"):
+    with pytest.raises(UserError, match="HybridIndex.weight is 1.5"):
         make_index("hybrid", weight=1.5)
