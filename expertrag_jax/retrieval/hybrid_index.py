@@ -133,8 +133,9 @@ class HybridIndex:
         return {
             "weight": self.weight,
             "candidates": self.candidates,
-            "dense": {"kind": self.dense.kind, **self.dense.settings},
-            "lexical": self.lexical.settings,
+            "dense": self.dense.kind,
+            "dense_settings": self.dense.settings,
+            "lexical_settings": self.lexical.settings,
         }
 
     def build(self, passages: Passages, vectors: np.ndarray | None) -> HybridIndex:

@@ -55,6 +55,13 @@ def test_two_builds_are_equal_in_every_byte(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["exact", "scann", "bm25", "hybrid"])
+def test_the_settings_of_an_index_make_another_one(tmp_path, corpus, kind):
+    found = write(tmp_path / "index", corpus, kind).settings
+    again = make_index(kind, **found)
+    assert again.kind == kind and json.loads(json.dumps(again.settings)) == found
+
+
+@pytest.mark.parametrize("kind", ["exact", "scann", "bm25", "hybrid"])
 def test_an_index_is_the_same_after_a_move(tmp_path, corpus, kind):
     passages, vectors, tokens, queries = corpus
     built = make_index(kind).build(passages, vectors)
