@@ -15,9 +15,8 @@ from expertrag_jax.files.sealed import check_fields, parsed, settings
 from expertrag_jax.ranges import Count, Fraction, Weight, checked
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.protocol import REMEDY, Queries, absent, require_texts
-from expertrag_jax.retrieval.words import without_accents, words_of
+from expertrag_jax.retrieval.words import RULE, without_accents, words_of
 
-_WORD_RULE = 2  # of `words.words_of`; 1 is bm25s's own: two or more letters or digits, not their marks
 _SETTINGS, _SEARCHER = "bm25.json", "bm25"
 StopWords = Literal[
     "english", "english_plus", "german", "dutch", "french", "spanish", "portuguese", "italian", "russian", "swedish",
@@ -26,7 +25,7 @@ StopWords = Literal[
 """Languages whose stop words bm25s knows."""
 _HINTS = {
     "k1": Weight, "b": Fraction, "language": str | None, "stopwords": StopWords | None,
-    "word_rule": Literal[1, 2] | None,
+    "word_rule": Literal[1, 2, 3] | None,
 }  # fmt: skip
 _PARAMETERS = {
     "k1": Weight, "b": Fraction, "method": Literal["lucene"], "idf_method": Literal["lucene"],
@@ -74,7 +73,7 @@ class LexicalIndex:
             _stemmer(language)
         self.settings: dict = {"k1": k1, "b": b, "language": language, "stopwords": stopwords}
         self._model: Any | None = None
-        self._word_rule = _WORD_RULE
+        self._word_rule = RULE
 
     def _words(self, texts: Sequence[str]) -> Any:
         """bm25s's ``Tokenized``: per text the ids of its stems, and the id of each stem, in the order they occur in."""
@@ -84,14 +83,14 @@ class LexicalIndex:
         accents = language not in (None, "english")
         options = {"stopwords": self.settings["stopwords"] or [], "stemmer": None, "show_progress": False}
         if self._word_rule > 1:
-            texts = ["\n".join(words_of(text, accents)) for text in texts]
+            texts = ["\n".join(words_of(text, accents, self._word_rule)) for text in texts]
             options |= {"lower": False, "token_pattern": r"[^\n]+"}
         words = _bm25s().tokenize(list(texts), **options)
         if stem is None:
             return words
         stems = stem(list(words.vocab))
         if accents and self._word_rule > 1:
-            stems = [without_accents(word) for word in stems]
+            stems = [without_accents(word, self._word_rule) for word in stems]
         id_of = {word: number for number, word in enumerate(dict.fromkeys(stems))}
         new_id = [id_of[word] for word in stems]
         return type(words)(ids=[[new_id[old] for old in ids] for ids in words.ids], vocab=id_of)

@@ -31,12 +31,25 @@ from expertrag_jax.retrieval.words import words_of
         ("北京大学abc", "北 京 大 学 北京 京大 大学 abc"),
         ("カ\u3099 ｶﾞ サーバー", "ガ ガ サ ー バ ー サー ーバ バー"),
         ("서울에서", "서 울 에 서 서울 울에 에서"),
+        ("Łódź Lodz; smørrebrød; Đà Nẵng; Kadıköy; œuvre", "lodz lodz smorrebrod da nang kadikoy oeuvre"),
+        ("١٢٣ 123 ১২৩", "123 123 123"),
+        ("كـــتاب كتاب", "كتاب كتاب"),
+        ("Hawaiʻi Hawai'i п’ять пʼять", "hawai i hawai i п ять п ять"),
         ("", ""),
         ("... !", ""),
     ],
 )
 def test_the_words_of_a_text(text, words):
     assert words_of(text) == words.split()
+
+
+def test_an_index_is_searched_by_the_rule_that_it_was_built_with(tmp_path):
+    index = LexicalIndex(language=None, stopwords=None)
+    index._word_rule = 2
+    index.build(Passages(["0", "1"], ["", ""], ["Łódź ١٢٣", "Lodz"])).save(tmp_path)
+    rows, _ = LexicalIndex().load(tmp_path).search(Queries(["Łódź", "lodz", "١٢٣"]), 2)
+    assert rows.tolist() == [[0, -1], [1, -1], [0, -1]]
+    assert words_of("Łódź ١٢٣", rule=2) == ["łodz", "١٢٣"]
 
 
 SENTENCES = {
