@@ -181,7 +181,7 @@ def test_export_refuses(tiny, export_dir, tmp_path, fails):
     before = (export_dir / "manifest.json").read_bytes()
     assert "nothing was overwritten" in fails("export", *model, "--export_dir", export_dir)
     assert (export_dir / "manifest.json").read_bytes() == before
-    assert "not an export" in fails("export", *model, "--export_dir", tiny.model_dir, "--overwrite")
+    assert "is read by this command" in fails("export", *model, "--export_dir", tiny.model_dir, "--overwrite")
     assert "does not exist" in fails("export", "--model_dir", tmp_path / "no", *new, writes=written)
     assert "cpu, tpu, cuda" in fails("export", *model, *new, "--platforms=abacus", writes=written)
     assert "no such index" in fails("export", *model, *new, "--index_dir", tmp_path / "no", writes=written)

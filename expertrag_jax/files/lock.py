@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.paths import target
-from expertrag_jax.files.writable import check_folder, folders_above
+from expertrag_jax.files.writable import check_folder, check_folder_of, check_no_device, folders_above
 
 LOCK = ".lock"
 _T = TypeVar("_T", bound=Callable[..., Any])
@@ -45,9 +45,10 @@ def only_writer(path: str | os.PathLike, what: str, inside: bool = False) -> Ite
     Raises:
       UserError: another process holds it; names the process.
     """
+    check_no_device(path)
+    check_folder(target(path)) if inside else check_folder_of(path)
     path = target(path)
     place = path / LOCK if inside else path.with_name(f".{path.name}.lock")
-    check_folder(place.parent)
     with folders_above(place):
         descriptor = _acquire(place, what)
         try:

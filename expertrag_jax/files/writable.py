@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from expertrag_jax.errors import UserError
+from expertrag_jax.files.paths import local, target
 
 
 def check_folder(folder: str | os.PathLike) -> None:
@@ -23,6 +24,23 @@ def check_folder(folder: str | os.PathLike) -> None:
             pass
     except OSError as error:
         raise UserError(f"{place} cannot be written ({error.strerror}): mend that, or name another place.") from None
+
+
+def check_folder_of(path: str | os.PathLike) -> None:
+    """``check_folder`` of the folder that an output lies in; names the output if it is a link to elsewhere."""
+    try:
+        check_folder(target(path).parent)
+    except UserError as error:
+        if not local(path).is_symlink():
+            raise
+        raise UserError(f"{path} is a link: {error}") from None
+
+
+def check_no_device(path: str | os.PathLike) -> None:
+    """UserError if an output is there and is neither a file nor a folder; links are followed."""
+    found = local(path)  # not where its links lead: a pipe behind one has no path
+    if found.exists() and not found.is_file() and not found.is_dir():
+        raise UserError(f"{path} is a device or a pipe, which no output replaces: name a file to write.")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import IO
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.lock import is_dead, locked
 from expertrag_jax.files.paths import target
-from expertrag_jax.files.writable import check_folder, folders_above
+from expertrag_jax.files.writable import check_folder_of, check_no_device, folders_above
 
 _MARK = ".writing-"
 
@@ -34,12 +34,11 @@ def check_output(path: str | os.PathLike, overwrite: bool, inputs: Iterable[str 
     place = target(path)
     if place.is_dir():
         raise UserError(f"{path} is a folder: name a file to write.")
-    if place.exists() and not place.is_file():
-        raise UserError(f"{path} is a device or a pipe, which no output replaces: name a file to write.")
+    check_no_device(path)
     check_spares(path, inputs)
     if place.exists() and not overwrite:
         raise UserError(f"{path} exists: nothing was overwritten; name another file or add --overwrite.")
-    check_folder(place.parent)
+    check_folder_of(path)
 
 
 def check_spares(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | None]) -> None:

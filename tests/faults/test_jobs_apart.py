@@ -84,6 +84,23 @@ def test_a_lock_file_that_nobody_holds_stops_nobody(tmp_path):
                 pass
 
 
+def test_a_device_behind_a_link_is_refused_by_its_name(tmp_path):
+    reader, writer = os.pipe()
+    for device in ("/dev/null", f"/dev/fd/{writer}", f"/proc/self/fd/{reader}"):
+        (tmp_path / "gate.json").unlink(missing_ok=True)
+        (tmp_path / "gate.json").symlink_to(device)
+        with pytest.raises(UserError, match=r"gate\.json.* is a device"):
+            with only_writer(tmp_path / "gate.json", "the gate"):
+                pass
+
+
+def test_a_link_to_where_nothing_can_be_written_is_refused_by_its_name(tmp_path):
+    (tmp_path / "gate.json").symlink_to("/proc/self/mem")
+    for look in (lambda path: check_output(path, True), lambda path: only_writer(path, "the gate").__enter__()):
+        with pytest.raises(UserError, match=r"gate\.json is a link: /proc/.* cannot be written"):
+            look(tmp_path / "gate.json")
+
+
 def test_a_lock_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "file").write_text("of the user")
     (tmp_path / ".out.lock").symlink_to("file")
