@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from absl import logging
 
 from expertrag_jax import comparison, gate_training, launch
 from expertrag_jax.assembly import tokenise_answers
@@ -195,7 +194,6 @@ def demo(
     generated = World(world)  # refuses impossible sizes before anything is written
     recipe_digest = recipe(system, retriever, schedule, task_feature_lengths)
     check_folder(directory, world_name(world.digest, VERSION), seed, recipe_digest)
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of every builder that is not in its catalogue
     # Stages compile the same programs again, and so does a run that goes on.
     jax.config.update("jax_compilation_cache_dir", str(directory / "compilation_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -89,7 +89,7 @@ def evaluate(
     start = time.monotonic()
     check_rule(rule)
     directory = report_dir(output_dir, model_dir)
-    check_output_dir(directory, overwrite, inputs=[questions, index_dir])
+    check_output_dir(directory, overwrite, inputs=[questions, model_dir, index_dir])
     asked = read_questions(questions, task, split, rule)
     model = open_model(model_dir, checkpoint_path, num_passages=num_passages, buckets=buckets)
     service = service_from_model(model, "gate", index_dir)

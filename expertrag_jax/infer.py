@@ -91,7 +91,7 @@ def infer(
     if mode not in MODES:
         raise UserError(f"--mode={mode} is unknown: choose one of {', '.join(MODES)}.")
     output = output or default_output(questions, output_dir, mode)
-    check_output(output, overwrite, inputs=[questions, index_dir, export_dir])
+    check_output(output, overwrite, inputs=[questions, model_dir, index_dir, export_dir])
     content = contents(questions)
     asked = read_questions_jsonl(questions, require_answers=mode == "score", held=memoryview(content))
     service = open_service(

@@ -197,6 +197,8 @@ def log_to_stderr(debug: bool = False) -> None:
     # gin reports each folder that lacks an included file as an error, though the next folder may hold it.
     handler.addFilter(lambda record: record.module != "resource_reader")
     handler.addFilter(lambda record: debug or record.name not in ("absl", "asyncio") or not record.exc_info)
+    # TFDS warns of its own deprecated calls, and of every builder that is not in its catalogue.
+    handler.addFilter(lambda record: debug or record.levelno >= logging.ERROR or not _is_of_tfds(record))
     root = logging.getLogger()
     for other in [each for each in root.handlers if type(each) is logging.StreamHandler]:
         root.removeHandler(other)  # importing Orbax leaves one there, so that basicConfig would do nothing
@@ -205,6 +207,10 @@ def log_to_stderr(debug: bool = False) -> None:
     logging.getLogger("expertrag_jax").setLevel(logging.INFO)
     if not debug:
         sys.unraisablehook = _without_late_callbacks
+
+
+def _is_of_tfds(record: logging.LogRecord) -> bool:
+    return "tensorflow_datasets" in record.pathname
 
 
 def _without_late_callbacks(told: sys.UnraisableHookArgs) -> None:

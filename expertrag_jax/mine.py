@@ -57,7 +57,7 @@ def mine(
       UserError: bad input, or a file that is there and no ``overwrite``.
     """
     place = Path(output)
-    check_output(place, overwrite, inputs=[questions, index_dir])
+    check_output(place, overwrite, inputs=[questions, index_dir, retriever])
     if candidates < num_negatives:
         raise UserError(f"--num_negatives={num_negatives} must be from 1 up to --candidates={candidates}.")
     asked = read_questions_jsonl(questions)

@@ -18,6 +18,8 @@ from expertrag_jax.files.paths import target
 from expertrag_jax.files.writable import check_folder_of, check_no_device, folders_above
 
 _MARK = ".writing-"
+_OF_A_MODEL = ("checkpoints", "vocabulary", "logs", "gate.json", "config.gin")
+"""What a MODEL_DIR holds of its own; users keep answers and reports beside it."""
 
 
 def check_output(path: str | os.PathLike, overwrite: bool, inputs: Iterable[str | os.PathLike | None] = ()) -> None:
@@ -49,7 +51,7 @@ def check_spares(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | N
       inputs: files and folders; None for those that were not given.
 
     Raises:
-      UserError: it is an input, holds one, or lies in an index or an export that is one.
+      UserError: it is an input, holds one, lies in an index or an export that is one, or is of a model that is one.
     """
     place = target(path)
     for source in inputs:
@@ -60,7 +62,8 @@ def check_spares(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | N
             raise UserError(f"{path} is read by this command and cannot be its output too: name another place.")
         if read.is_relative_to(place):
             raise UserError(f"{source} is read by this command and lies in its output {path}: name another place.")
-        if place.is_relative_to(read) and (read / "manifest.json").exists():
+        inside = place.relative_to(read).parts if place.is_relative_to(read) else ("",)
+        if inside[0] in _OF_A_MODEL or (inside[0] and (read / "manifest.json").exists()):
             raise UserError(f"{path} lies in {source}, which this command reads: name another place.")
 
 

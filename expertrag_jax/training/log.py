@@ -31,7 +31,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             record["step"] = int(record["step"])
             found.append(record)
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             damaged.append(number)
     if damaged and damaged != [len(lines)]:  # a last line that a kill cut off is no news
         _LOG.warning("%s: %d of %d lines are damaged and left out", path, len(damaged), len(lines))

@@ -109,11 +109,11 @@ class Mastery:
 
 def summary(record: Mapping[str, Any]) -> str:
     """One sentence about a phase that ended: its mark, what it reached, and after how many steps."""
-    value = "nothing" if record["value"] is None else f"{record['value']:.4g}"
+    measured = "was not measured, for want of steps," if record["value"] is None else f"is {record['value']:.4g}"
     retried = f" at attempt {record['attempts']:.0f}" if record["attempts"] > 1 else ""
     verb = "reached" if record["reached"] else "did not reach"
     return (
-        f"Phase '{record['phase']}' {verb} its mark{retried}: {record['metric']} is {value} after "
+        f"Phase '{record['phase']}' {verb} its mark{retried}: {record['metric']} {measured} after "
         f"{record['steps']:.0f} steps, the mark is {record['mark']:.4g}."
     )
 

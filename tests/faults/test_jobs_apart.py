@@ -164,13 +164,17 @@ def test_what_dead_writers_left_is_removed_and_living_ones_stay(tmp_path):
         ("mine --questions=q.jsonl --index_dir=index --output=index/passages.tsv.gz", "which this"),
         ("mine --questions=q.jsonl --index_dir=index --output=index/new.jsonl", "which this"),
         ("infer --model_dir=m --questions=q.jsonl --index_dir=index --output=index/manifest.json", "which this"),
+        ("infer --model_dir=model --questions=q.jsonl --output=model/gate.json", "lies in"),
+        ("infer --model_dir=model --questions=q.jsonl --output=model/checkpoints/3/_CHECKPOINT_METADATA", "lies in"),
+        ("mine --questions=q.jsonl --index_dir=index --retriever=model --output=model/vocabulary/r.model", "lies in"),
+        ("evaluate --model_dir=model --questions=q.jsonl --output_dir=model/checkpoints", "lies in"),
         ("export --model_dir=model --index_dir=export/index --export_dir=export", "lies in its output"),
     ],
 )
 def test_no_command_replaces_what_it_reads(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)
     for name in ("report/predictions.jsonl", "old/predictions.jsonl", "p.tsv", "q.jsonl",
-                 "index/own.tsv", "index/v.model", "index/texts/a.txt", "index/passages.tsv.gz"):  # fmt: skip
+                 "model/gate.json", "index/own.tsv", "index/v.model", "index/texts/a.txt", "index/passages.tsv.gz"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("of the user")
     for folder, format_name in (("index", INDEX), ("export", EXPORT)):
