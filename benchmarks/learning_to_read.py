@@ -8,8 +8,8 @@ for all. Rows are kept in WORK_DIR/rows.jsonl: a run that was stopped resumes, a
 side.
 
 The table says for each variant how many seeds reached the mark of every lesson within the steps given, the median and
-the worst number of steps, and seconds of training. Seeds 100 to 119 are for choosing; 204 to 223 are blind: settings are
-never chosen by them.
+the worst number of steps, and seconds of training. Seeds 100 to 119 are for choosing; 204 to 223 are blind, and no
+setting is chosen by them.
 """
 
 from __future__ import annotations

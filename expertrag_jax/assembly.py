@@ -17,7 +17,7 @@ import numpy as np
 from expertrag_jax.answering import Answerer, Programs, Questions, SystemPrograms
 from expertrag_jax.errors import UserError
 from expertrag_jax.gate.policy import Always, Learned, Never, Policy
-from expertrag_jax.ranges import Count, Weight, checked
+from expertrag_jax.ranges import Count, Length, Weight, checked
 from expertrag_jax.retrieval import versions
 from expertrag_jax.retrieval.corpus import Question
 from expertrag_jax.retrieval.index import open_index
@@ -47,10 +47,10 @@ class AnswerSettings:
       UserError: a size below 1, or a question that would not fit in the reader's input.
     """
 
-    question_length: Count
-    query_length: Count
-    reader_length: Count
-    answer_length: Count
+    question_length: Length
+    query_length: Length
+    reader_length: Length
+    answer_length: Length
     num_passages: Count
     fusion: str = "per_passage"
     buckets: tuple[Count, ...] = (1, 8, 64)

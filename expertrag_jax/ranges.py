@@ -39,6 +39,10 @@ Count = Annotated[int, Ge(1), Le(2**31 - 1)]
 """A whole number from 1 on, that a device can count to."""
 Natural = Annotated[int, Ge(0), Le(2**31 - 1)]
 """A whole number from 0 on, that a device can count to."""
+Length = Annotated[int, Ge(1), Le(2**20)]
+"""Tokens of a text."""
+Layers = Annotated[int, Ge(0), Le(1000)]
+"""Layers of a tower: of more, nothing could be traced."""
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """A whole number that seeds every generator in use."""
 Fraction = Annotated[float, Ge(0), Le(1)]

@@ -7,9 +7,10 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+from annotated_types import Ge, Le
 
 from expertrag_jax.assembly import (
     READER_VOCABULARY,
@@ -21,7 +22,7 @@ from expertrag_jax.assembly import (
 from expertrag_jax.errors import UserError
 from expertrag_jax.files.sealed import check_fields, unsealed
 from expertrag_jax.gate.network import with_calibration
-from expertrag_jax.ranges import Number, Positive, Weight
+from expertrag_jax.ranges import Length, Number, Positive, Weight
 from expertrag_jax.retrieval import versions
 from expertrag_jax.retrieval.manifest import read_manifest
 from expertrag_jax.systems.description import rebuild
@@ -30,6 +31,12 @@ from expertrag_jax.vocabulary import Vocabulary
 
 GATE_FILE = "gate.json"
 _LOG = logging.getLogger(__name__)
+_REMEDY = "copy the checkpoint again, or name another one"
+_FACTS = {
+    "task_feature_lengths": dict[str, Length], "num_passages": Annotated[int, Ge(1), Le(2**16)] | None,
+    "digests": dict[str, str] | None, "index_dir": str | None, "versions_dir": str | None,
+}  # fmt: skip
+"""What a checkpoint's metadata say of it, beside the system."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +114,7 @@ def open_model(
         _vocabulary(model_dir / path, name, facts)
         for path, name in ((READER_VOCABULARY, "reader"), (RETRIEVER_VOCABULARY, "retriever"))
     )
-    corpus = facts.get("digests", {}).get("corpus")
+    corpus = (facts.get("digests") or {}).get("corpus")
     model = Model(system, params, source, reader, retriever, settings, _trained_index(facts, params), corpus)
     return model.calibrated(**gate) if gate else model
 
@@ -120,9 +127,19 @@ def _read(stored: pretrained.Stored) -> tuple[Path, dict[str, Any], Any, Any]:
             f"checkpoint {stored.directory} does not say its {' and '.join(missing)}: name a MODEL_DIR that `expertrag "
             "train` wrote."
         )
-    system = rebuild(stored.metadata["system"])
-    check_answers(system)
-    params = stored.restore(jax.eval_shape(system.init, jax.random.PRNGKey(0)))
+    check_fields(stored.metadata, _FACTS, stored.directory, _REMEDY)
+    try:
+        system = rebuild(stored.metadata["system"])
+        check_answers(system)
+        shapes = jax.eval_shape(system.init, jax.random.PRNGKey(0))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a description that nobody wrote leads to
+        told = " ".join(str(error).split())[:120]
+        raise UserError(f"{stored.directory} is damaged (no such system can be made: {told}): {_REMEDY}.") from error
+    if "inputs" not in stored.metadata["task_feature_lengths"]:
+        raise UserError(f"{stored.directory} is damaged (it does not say how long its inputs are): {_REMEDY}.")
+    params = stored.restore(shapes)
     return stored.directory, stored.metadata, system, params
 
 
@@ -139,13 +156,13 @@ def _trained_index(facts: Mapping[str, Any], params: Any) -> str | None:
 
 def _trained_settings(system: Any, facts: Mapping[str, Any]) -> AnswerSettings:
     lengths = facts["task_feature_lengths"]
-    question_length = int(lengths["inputs"])
+    question_length = lengths["inputs"]
     return AnswerSettings(
         question_length=question_length,
-        query_length=int(lengths.get("query") or question_length),
-        reader_length=int(lengths.get("passages") or question_length),
-        answer_length=int(system.max_target_length),
-        num_passages=int(facts.get("num_passages") or 1),
+        query_length=lengths.get("query") or question_length,
+        reader_length=lengths.get("passages") or question_length,
+        answer_length=system.max_target_length,
+        num_passages=facts.get("num_passages") or 1,
         fusion=getattr(system, "fusion", "per_passage"),
     )
 
@@ -173,7 +190,7 @@ def _calibration(model_dir: Path, source: Path) -> dict[str, float]:
 
 def _vocabulary(path: Path, name: str, facts: Mapping[str, Any]) -> Vocabulary:
     vocabulary = Vocabulary.from_file(path)
-    trained = facts.get("digests", {}).get(f"{name} vocabulary")
+    trained = (facts.get("digests") or {}).get(f"{name} vocabulary")
     if trained is not None and trained != vocabulary.digest:
         raise UserError(
             f"{path} has digest {vocabulary.digest[:12]} but the model was trained with the {name} "

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from expertrag_jax.ranges import Count
 from expertrag_jax.retrieval.manifest import file_entry
 
 PARAMETERS, PROGRAMS = "parameters", "programs"
+_FOLDERS = (PARAMETERS, PROGRAMS, "vocabulary")
 FORMAT, FORMAT_VERSION = "expertrag_jax.export", 1
 REMEDY = "copy the whole directory again, or export again"
 _LIBRARIES = ("jax", "jaxlib", "flax", "orbax-checkpoint")
@@ -112,11 +114,25 @@ def read_manifest(directory: str | Path) -> ExportManifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise UserError(f"{directory} is not an export: it has no {MANIFEST_NAME}.")
-    return sealed.manifest(ExportManifest, path, "export", FORMAT, FORMAT_VERSION, REMEDY)
+    found = sealed.manifest(ExportManifest, path, "export", FORMAT, FORMAT_VERSION, REMEDY)
+    for name, keys in (("index", {"path", "digest"}), ("vocabularies", {"reader", "retriever"})):
+        value = getattr(found, name)
+        if value is not None and value.keys() != keys:
+            raise UserError(f"{path} is damaged (its {name} has no {' and '.join(sorted(keys))}): {REMEDY}.")
+    if not isinstance(found.system.get("class"), str) or not isinstance(found.system.get("fields"), dict):
+        raise UserError(f"{path} is damaged (it describes no system): {REMEDY}.")
+    for name in found.programs:
+        if not re.fullmatch(r"[a-z_]+_b[0-9]+", name):
+            raise UserError(f"{path} is damaged (no program is called {name!r}): {REMEDY}.")
+    return found
 
 
 def check_files(directory: str | Path, manifest: ExportManifest) -> None:
-    """Raises UserError for the first file that is missing or is not the one that was written."""
+    """UserError for the first file that is missing, is not the one that was written, or is not in the manifest."""
+    for path in sorted(Path(directory).rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name.split("/")[0] in _FOLDERS and name not in manifest.files:
+            raise UserError(f"{path} is not in the export's manifest: {REMEDY}.")
     for name, entry in manifest.files.items():
         path = Path(directory) / name
         sealed.check_is_file(path, "the export", REMEDY)

@@ -17,7 +17,7 @@ them as over a fresh system's decode step, compiled into one program.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,6 +161,7 @@ class ExportedPrograms:
             AnswerSettings, self.manifest.settings, manifest_path, export_directory.REMEDY
         )
         self._exported = {name: self._deserialise(name) for name in self.manifest.programs}
+        self._check_programs()  # whose shapes are known to be the manifest's
         self.params = self._restore()
         self._compiled: dict[tuple, Callable] = {}
 
@@ -229,6 +230,26 @@ class ExportedPrograms:
                 f"export the model with --platforms={here}."
             )
 
+    def _check_programs(self) -> None:
+        """UserError where the manifest's programs are not those of its settings."""
+        settings, programs = self.settings, self.manifest.programs
+        reads = any(name.startswith("read_b") for name in programs)
+        for bucket in settings.buckets:
+            question = [bucket, settings.question_length]
+            wanted = {"question": [question], "decode_closed": None}
+            if reads:
+                wanted |= {"read": [question, [bucket, *settings.read_shape]], "decode_open": None}
+            if self.manifest.query_encoder is not None:
+                wanted["query"] = [[bucket, settings.query_length]]
+            for name, shapes in wanted.items():
+                told = programs.get(f"{name}_b{bucket}", {}).get("arguments", [])
+                found = [argument["shape"] for argument in told]
+                if found != shapes if shapes else settings.answer_length not in _cache_lengths(told):
+                    raise UserError(
+                        f"{self.directory} is damaged (its program {name}_b{bucket} is not of its settings): "
+                        f"{export_directory.REMEDY}."
+                    )
+
     def _deserialise(self, name: str) -> export.Exported:
         path = self.directory / PROGRAMS / f"{name}.jaxexport"
         try:
@@ -251,3 +272,9 @@ class ExportedPrograms:
         (params, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         return pretrained.restore_parameters(self.directory / PARAMETERS, shapes)
+
+
+def _cache_lengths(arguments: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Lengths T of the decoder's caches [.., B, T, H, D], which stand behind the mask among a step's arguments."""
+    mask = next((place for place, argument in enumerate(arguments) if argument["dtype"] == "bool"), len(arguments))
+    return [argument["shape"][-3] for argument in arguments[mask + 1 :] if len(argument["shape"]) >= 4]

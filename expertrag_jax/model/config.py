@@ -8,7 +8,7 @@ from expertrag_jax import registry
 from expertrag_jax.errors import UserError
 from expertrag_jax.moe.experts import ACTIVATIONS
 from expertrag_jax.moe.layer import DISPATCHES, ROUTINGS
-from expertrag_jax.ranges import Count, Natural, Positive, Rate, checked
+from expertrag_jax.ranges import Count, Layers, Natural, Positive, Rate, checked
 
 
 @registry.register("TransformerConfig")
@@ -49,8 +49,8 @@ class TransformerConfig:
     num_heads: Count = 4
     head_dim: Count = 32
     mlp_dim: Count = 256
-    num_encoder_layers: Natural = 2
-    num_decoder_layers: Natural = 2
+    num_encoder_layers: Layers = 2
+    num_decoder_layers: Layers = 2
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     dropout_rate: Rate = 0.0
     logits_via_embedding: bool = False

@@ -17,7 +17,7 @@ from expertrag_jax import registry
 from expertrag_jax.model import layers as parts
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.transformer import Encoder
-from expertrag_jax.ranges import Count, Natural, Rate, checked
+from expertrag_jax.ranges import Count, Layers, Rate, checked
 
 Array = jax.Array
 
@@ -38,7 +38,7 @@ class DualEncoderConfig:
 
     vocab_size: Count = 1024
     embed_dim: Count = 128
-    num_layers: Natural = 0
+    num_layers: Layers = 0
     num_heads: Count = 4
     head_dim: Count = 32
     mlp_dim: Count = 256

@@ -14,7 +14,7 @@ from expertrag_jax import registry
 from expertrag_jax.batch import Batch
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.transformer import DecoderCache, Memory
-from expertrag_jax.ranges import Count, Natural, Positive, Rate, Weight, checked
+from expertrag_jax.ranges import Length, Natural, Positive, Rate, Weight, checked
 from expertrag_jax.systems import generator
 from expertrag_jax.systems.expert_rag import ExpertRAG, Question
 from expertrag_jax.systems.system import Phase
@@ -33,7 +33,7 @@ class ClosedBook:
     """
 
     model: TransformerConfig
-    max_target_length: Count = 16
+    max_target_length: Length = 16
     label_smoothing: Rate = 0.0
     z_loss: Weight = 1e-4
     balance_loss_factor: Weight = 0.01

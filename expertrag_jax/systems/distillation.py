@@ -25,7 +25,7 @@ from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import Memory, Transformer
-from expertrag_jax.ranges import Count, Natural, Positive, Rate, Weight, checked
+from expertrag_jax.ranges import Length, Natural, Positive, Rate, Weight, checked
 from expertrag_jax.systems import generator
 from expertrag_jax.systems.distillation_losses import LOSSES
 from expertrag_jax.systems.expert_rag import GENERATOR_PARAMETERS, ExpertRAG
@@ -56,7 +56,7 @@ class Distillation:
     temperature: Positive = 0.05
     target_temperature: Positive = 1.0
     passage_vectors: Callable[[np.ndarray], np.ndarray] | None = None
-    max_target_length: Count = 16
+    max_target_length: Length = 16
     label_smoothing: Rate = 0.0
     z_loss: Weight = 1e-4
     balance_loss_factor: Weight = 0.01

@@ -43,7 +43,7 @@ from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import DecoderCache, Memory
-from expertrag_jax.ranges import Count, Natural, Positive, Rate, Share, Weight, checked
+from expertrag_jax.ranges import Count, Length, Natural, Positive, Rate, Share, Weight, checked
 from expertrag_jax.systems import generator, permutations
 from expertrag_jax.systems.expert_rag import ExpertRAG, Question
 from expertrag_jax.systems.system import Phase
@@ -137,7 +137,7 @@ class DRO:
     online: bool = False
     temperature: Positive = 1.0
     top_p: Share = 1.0
-    max_target_length: Count = 16
+    max_target_length: Length = 16
     label_smoothing: Rate = 0.0
     z_loss: Weight = 0.0
     balance_loss_factor: Weight = 0.01

@@ -27,7 +27,7 @@ from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import DecoderCache, Memory
-from expertrag_jax.ranges import Count, Natural, Number, Positive, Rate, Weight, checked
+from expertrag_jax.ranges import Length, Natural, Number, Positive, Rate, Weight, checked
 from expertrag_jax.systems import generator
 from expertrag_jax.systems.system import Phase
 
@@ -90,7 +90,7 @@ class ExpertRAG:
     model: TransformerConfig
     retriever: DualEncoderConfig | None = None
     fusion: str = "per_passage"
-    max_target_length: Count = 16
+    max_target_length: Length = 16
     label_smoothing: Rate = 0.0
     z_loss: Weight = 1e-4
     balance_loss_factor: Weight = 0.01

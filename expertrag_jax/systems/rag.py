@@ -32,7 +32,7 @@ from expertrag_jax.model import fusion
 from expertrag_jax.model.config import TransformerConfig
 from expertrag_jax.model.dual_encoder import DualEncoderConfig, Tower
 from expertrag_jax.model.transformer import DecoderCache, Memory, empty_cache
-from expertrag_jax.ranges import Count, Natural, Positive, Rate, Weight, checked
+from expertrag_jax.ranges import Count, Length, Natural, Positive, Rate, Weight, checked
 from expertrag_jax.systems import generator, marginals, rag_decoding
 from expertrag_jax.systems.snapshot import SNAPSHOT, with_snapshot
 from expertrag_jax.systems.system import Phase
@@ -110,7 +110,7 @@ class RAG:
     marginal: str = "sequence"
     temperature: Positive = 0.05
     null_document: bool = False
-    max_target_length: Count = 16
+    max_target_length: Length = 16
     label_smoothing: Rate = 0.0
     z_loss: Weight = 1e-4
     balance_loss_factor: Weight = 0.01

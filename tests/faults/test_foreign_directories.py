@@ -16,11 +16,13 @@ from expertrag_jax.errors import UserError
 from expertrag_jax.files.directories import MANIFEST_NAME
 from expertrag_jax.files.sealed import sealed
 from expertrag_jax.interop import export_directory
+from expertrag_jax.interop.serving import service_from_export
 from expertrag_jax.retrieval.corpus import Passages
 from expertrag_jax.retrieval.index import make_index, open_index, write_index
 from expertrag_jax.retrieval.manifest import file_entry, read_manifest
 from expertrag_jax.retrieval.protocol import Queries
 from expertrag_jax.trained_model import _calibration, open_model
+from expertrag_jax.training import integrity
 
 COUNT, WIDTH = 12, 4
 
@@ -371,3 +373,64 @@ def test_a_model_without_calibration_says_so(tiny, tmp_path, told):
     (tmp_path / "model" / "gate.json").unlink()
     assert open_model(tmp_path / "model").settings.threshold == 0.5
     assert any("has no gate.json, so its gate retrieves from 0.5 on" in message for message in told())
+
+
+def edited(value, path, new):
+    """A copy of nested dicts with another value at a path."""
+    first, *rest = path
+    return value | {first: edited(value[first], rest, new) if rest else new}
+
+
+MODEL = ("system", "fields", "model")
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        *[(("task_feature_lengths",), value) for value in ([1], "x", {"query": 3}, {"inputs": None}, {"inputs": "x"})],
+        *[(("task_feature_lengths", "query"), value) for value in (12.7, 0, 10**9)],
+        *[(("num_passages",), value) for value in ("two", [1], 10**9, 0)],
+        *[(("digests",), value) for value in ([1], {"reader vocabulary": 5}, {"reader vocabulary": "other"})],
+        *[(("index_dir",), value) for value in (7, ["a"])],
+        *[(("system",), value) for value in ("ExpertRAG", ["ExpertRAG"], {"class": 7}, {"class": "ExpertRAG"})],
+        *[(MODEL, value) for value in (None, "x", {"class": "DualEncoderConfig", "fields": {}})],
+        ((*MODEL, "fields", "num_encoder_layers"), 10**7),
+        ((*MODEL, "fields", "vocab_size"), 10**9),
+        (("system", "fields", "retriever", "fields", "dtype"), "zz"),
+        (("system", "fields", "max_target_length"), 10**9),
+    ],
+)
+def test_metadata_of_a_checkpoint_that_do_not_fit_are_one_sentence(tiny, tmp_path, path, value):
+    model_dir = shutil.copytree(tiny.model_dir, tmp_path / "model")
+    (place,) = model_dir.glob("checkpoints/*/_CHECKPOINT_METADATA")
+    stored = json.loads(place.read_text())
+    facts = {name: fact for name, fact in stored["custom_metadata"].items() if name != "checksum"}
+    stored["custom_metadata"] = integrity.sealed(edited(facts, path, value))
+    place.write_text(json.dumps(stored))
+    with pytest.raises(UserError):
+        open_model(model_dir)
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        *[(("settings", "question_length"), value) for value in (12, 10**9)],
+        *[(("settings", "answer_length"), value) for value in (9, 10**9)],
+        (("settings", "reader_length"), 64),
+        (("settings", "num_passages"), 3),
+        *[(("settings", "fusion"), value) for value in ("zz", "augment", "concatenate")],
+        (("programs",), {}),
+        (("programs", "../x_b1"), {}),
+        (("index",), {"path": "../index"}),
+        (("vocabularies",), {}),
+        (("vocabularies", "reader"), "other"),
+        (("files",), {}),
+        (("system",), {"class": 7}),
+    ],
+)
+def test_a_manifest_of_an_export_that_does_not_fit_is_one_sentence(tiny, tiny_export, tmp_path, path, value):
+    directory = shutil.copytree(tiny_export, tmp_path / "export")
+    fields = json.loads((directory / MANIFEST_NAME).read_text())
+    change(directory, **{path[0]: edited(fields, path, value)[path[0]]})
+    with pytest.raises(UserError):
+        service_from_export(directory, "always", tiny.index_dir)

@@ -173,8 +173,8 @@ def test_what_dead_writers_left_is_removed_and_living_ones_stay(tmp_path):
 )
 def test_no_command_replaces_what_it_reads(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)
-    for name in ("report/predictions.jsonl", "old/predictions.jsonl", "p.tsv", "q.jsonl",
-                 "model/gate.json", "index/own.tsv", "index/v.model", "index/texts/a.txt", "index/passages.tsv.gz"):  # fmt: skip
+    for name in ("report/predictions.jsonl", "old/predictions.jsonl", "p.tsv", "q.jsonl", "model/gate.json",
+                 "index/own.tsv", "index/v.model", "index/texts/a.txt", "index/passages.tsv.gz"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("of the user")
     for folder, format_name in (("index", INDEX), ("export", EXPORT)):

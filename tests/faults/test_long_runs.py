@@ -114,7 +114,9 @@ def test_a_cut_cache_is_one_sentence(tmp_path):
         other.get("m", "e", 3, [f"q{number}" for number in range(800)])
 
 
-@pytest.mark.parametrize("line", ["{cut", '{"loss": 1}', "[1]", "\udcff", "[" * 200000, '{"step": "x"}', '{"step": 1e999}'])
+@pytest.mark.parametrize(
+    "line", ["{cut", '{"loss": 1}', "[1]", "\udcff", "[" * 200000, '{"step": "x"}', '{"step": 1e999}']
+)
 def test_a_damaged_log_is_read_without_its_damage(tmp_path, caplog, line):
     path = tmp_path / "metrics.jsonl"
     content = f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'
