@@ -117,15 +117,18 @@ class Goodput:
         lost = {"repeated": repeated_seconds} if repeated_seconds else {}
         try:
             self.earlier = Spent(**json.loads(path.read_text())["total"]) + Spent(lost_seconds=lost)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # a log is no reason not to train
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # a log is no reason not to train
             _LOG.warning("%s is damaged (%s): what earlier starts spent is not counted", path, error)
 
     def save(self, directory: Path) -> None:
         """Writes ``goodput.json`` with this start and all of them; it appears whole."""
         this = self.spent
         text = json.dumps({"this_start": _rounded(this), "total": _rounded(self.earlier + this)}, indent=1)
-        with whole(directory / FILE) as file:
-            file.write(text + "\n")
+        try:
+            with whole(directory / FILE) as file:
+                file.write(text + "\n")
+        except (FileNotFoundError, PermissionError) as error:  # a link to where nothing can be written
+            _LOG.warning("%s cannot be written (%s): what this start spent is not counted", directory / FILE, error)
 
 
 def last_saved(directory: Path) -> int | None:
