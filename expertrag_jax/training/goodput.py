@@ -132,9 +132,9 @@ class Goodput:
 
 
 def last_saved(directory: Path) -> int | None:
-    """When the file in ``MODEL_DIR/logs`` was written, in nanoseconds; None: never."""
+    """When the file in ``MODEL_DIR/logs`` was written, in nanoseconds; None: never, or it is a device."""
     path = directory / FILE
-    return path.stat().st_mtime_ns if path.is_file() else None
+    return path.stat().st_mtime_ns if path.is_file() and path.stat().st_size else None
 
 
 def read_summary(directory: Path) -> str:

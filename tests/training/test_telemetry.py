@@ -14,6 +14,7 @@ from expertrag_jax.batch import Batch
 from expertrag_jax.errors import UserError
 from expertrag_jax.files import writing
 from expertrag_jax.training import events, goodput, telemetry
+from expertrag_jax.training.goodput import last_saved
 from expertrag_jax.training.interruption import Interrupted
 
 
@@ -97,6 +98,14 @@ def test_a_full_disk_met_by_tensorboards_file_is_told_of(tmp_path, monkeypatch):
         with telemetry.Telemetry(tmp_path) as told:
             told.resume(0)
             told.write({"step": 3, "loss": 0.5})
+
+
+def test_a_goodput_file_that_is_a_device_is_no_reason_not_to_train(tmp_path, caplog):
+    (tmp_path / "goodput.json").symlink_to("/proc/self/mem")
+    with telemetry.Telemetry(tmp_path) as told:
+        told.resume(0)
+    assert "goodput.json is damaged (" in caplog.text and "goodput.json cannot be written (" in caplog.text
+    assert last_saved(tmp_path) is None
 
 
 @pytest.mark.parametrize("text", ["", '{"this_start": {"wall', '{"total": {"wall": 3}}', "[]"])
