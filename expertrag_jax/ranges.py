@@ -42,7 +42,7 @@ Natural = Annotated[int, Ge(0), Le(2**31 - 1)]
 Length = Annotated[int, Ge(1), Le(2**20)]
 """Tokens of a text."""
 Layers = Annotated[int, Ge(0), Le(1000)]
-"""Layers of a tower: of more, nothing could be traced."""
+"""Layers of a tower. To trace more of them would take hours."""
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """A whole number that seeds every generator in use."""
 Fraction = Annotated[float, Ge(0), Le(1)]

@@ -134,7 +134,7 @@ def _read(stored: pretrained.Stored) -> tuple[Path, dict[str, Any], Any, Any]:
         shapes = jax.eval_shape(system.init, jax.random.PRNGKey(0))
     except UserError:
         raise
-    except Exception as error:  # whatever a description that nobody wrote leads to
+    except Exception as error:  # a description that was edited by hand can fail anywhere
         told = " ".join(str(error).split())[:120]
         raise UserError(f"{stored.directory} is damaged (no such system can be made: {told}): {_REMEDY}.") from error
     if "inputs" not in stored.metadata["task_feature_lengths"]:

@@ -46,7 +46,10 @@ def only_writer(path: str | os.PathLike, what: str, inside: bool = False) -> Ite
       UserError: another process holds it; names the process.
     """
     check_no_device(path)
-    check_folder(target(path)) if inside else check_folder_of(path)
+    if inside:
+        check_folder(target(path))
+    else:
+        check_folder_of(path)
     path = target(path)
     place = path / LOCK if inside else path.with_name(f".{path.name}.lock")
     with folders_above(place):

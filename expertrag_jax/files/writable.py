@@ -27,7 +27,7 @@ def check_folder(folder: str | os.PathLike) -> None:
 
 
 def check_folder_of(path: str | os.PathLike) -> None:
-    """``check_folder`` of the folder that an output lies in; names the output if it is a link to elsewhere."""
+    """Calls ``check_folder`` for an output's folder; if the output is a link, the error names it too."""
     try:
         check_folder(target(path).parent)
     except UserError as error:

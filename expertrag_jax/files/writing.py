@@ -51,7 +51,8 @@ def check_spares(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | N
       inputs: files and folders; None for those that were not given.
 
     Raises:
-      UserError: it is an input, holds one, lies in an index or an export that is one, or is of a model that is one.
+      UserError: it is an input, contains one, lies in an index or export that is read, or belongs to a model that is
+        read.
     """
     place = target(path)
     for source in inputs:

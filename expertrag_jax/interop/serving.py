@@ -99,7 +99,7 @@ def service_from_export(
     )
     if {"reader": reader.digest, "retriever": retriever.digest} != manifest.vocabularies:
         raise UserError(f"{directory} is damaged (its vocabularies are not those it names): {export_directory.REMEDY}.")
-    if settings.fusion != manifest.system.get("fields", {}).get("fusion", "per_passage"):
+    if settings.fusion != manifest.system["fields"].get("fusion", "per_passage"):
         raise UserError(f"{directory} is damaged (its fusion is not its system's): {export_directory.REMEDY}.")
     reads = any(name.startswith("read_b") for name in manifest.programs)
     own = None if manifest.index is None else local(programs.directory / manifest.index["path"])

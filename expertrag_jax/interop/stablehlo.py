@@ -243,8 +243,11 @@ class ExportedPrograms:
                 wanted["query"] = [[bucket, settings.query_length]]
             for name, shapes in wanted.items():
                 told = programs.get(f"{name}_b{bucket}", {}).get("arguments", [])
-                found = [argument["shape"] for argument in told]
-                if found != shapes if shapes else settings.answer_length not in _cache_lengths(told):
+                if shapes is None:  # a decoding step, whose caches are as long as the answer
+                    fits = settings.answer_length in _cache_lengths(told)
+                else:
+                    fits = [argument["shape"] for argument in told] == shapes
+                if not fits:
                     raise UserError(
                         f"{self.directory} is damaged (its program {name}_b{bucket} is not of its settings): "
                         f"{export_directory.REMEDY}."
@@ -275,6 +278,6 @@ class ExportedPrograms:
 
 
 def _cache_lengths(arguments: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Lengths T of the decoder's caches [.., B, T, H, D], which stand behind the mask among a step's arguments."""
+    """The lengths T of the decoder's caches [.., B, T, H, D]; among a step's arguments they follow the mask."""
     mask = next((place for place, argument in enumerate(arguments) if argument["dtype"] == "bool"), len(arguments))
     return [argument["shape"][-3] for argument in arguments[mask + 1 :] if len(argument["shape"]) >= 4]

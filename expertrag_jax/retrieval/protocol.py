@@ -29,12 +29,12 @@ def with_settings(cls: type[_T], settings: Mapping[str, Any]) -> _T:
     """An object of an index's class, with settings that a user gave.
 
     Raises:
-      UserError: a setting that the class has not, or a value outside its range.
+      UserError: the class has no such setting, or a value is outside its range.
     """
     known = list(inspect.signature(cls).parameters)
     for name in settings:
         if name not in known:
-            raise UserError(f"a {cls.kind} index has no setting {name!r}: it has {', '.join(known)}.")
+            raise UserError(f"the {cls.kind} index has no setting {name!r}: it has {', '.join(known)}.")
     return cls(**settings)
 
 

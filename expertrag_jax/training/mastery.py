@@ -109,7 +109,7 @@ class Mastery:
 
 def summary(record: Mapping[str, Any]) -> str:
     """One sentence about a phase that ended: its mark, what it reached, and after how many steps."""
-    measured = "was not measured, for want of steps," if record["value"] is None else f"is {record['value']:.4g}"
+    measured = "is not measured yet" if record["value"] is None else f"is {record['value']:.4g}"
     retried = f" at attempt {record['attempts']:.0f}" if record["attempts"] > 1 else ""
     verb = "reached" if record["reached"] else "did not reach"
     return (
